@@ -1,0 +1,232 @@
+"""What the measurements say: parity, latency, accuracy, complexity. Frozen values that save as JSON.
+
+Nothing that is measured in time stands in ParityReport, AccuracyReport or Complexity: times live in
+LatencyProfile alone, so everything else is the same from run to run, byte for byte.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from qexport.layers import Kind, Stage
+
+ParityStatus = Literal["ok", "over_tolerance", "shape_mismatch", "unmatched", "float"]
+MeasuredOn = Literal["host", "emulated", "device"]
+
+
+class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base: frozen, named fields, unknown fields refused."""
+
+
+class Gate(_Result):
+    """One promise, and whether the measurement keeps it."""
+
+    name: str
+    """`layer parity`, `unmatched layers`, `VOC mAP drop`, ..."""
+    passed: bool
+    measured: str
+    """The measured value as text with its unit, `1 step`."""
+    limit: str
+    """What was asked, `at most 1 step`."""
+    culprit: str = ""
+    """Module path of the worst layer, where there is one."""
+
+
+class LayerParity(_Result):
+    """One layer: what the runtime computed against what it should have."""
+
+    order: int
+    path: str
+    call: int
+    port: str
+    """`output:conv2d`; empty for a layer that is float on purpose."""
+    stage: Stage
+    kind: Kind
+    shape: tuple[int, ...]
+    status: ParityStatus
+    reason: str
+    """Why it is float, or what is wrong; empty for `ok`."""
+    values: int = 0
+    """Values compared over all images."""
+    max_step: int | None = None
+    """Local, teacher-forced: the largest difference in quantization steps."""
+    differing: int | None = None
+    """Local: how many values differ."""
+    sqnr_fp32_db: float | None = None
+    """Cumulative: signal to quantization noise against the float detector, dB."""
+    sqnr_reference_db: float | None = None
+    """Cumulative: the same against the quantized reference; None where the two are identical."""
+    cosine_fp32: float | None = None
+    cosine_reference: float | None = None
+
+
+class StageRecall(_Result):
+    """How much of one detector's boxes the other also has, at one stage."""
+
+    stage: Literal["proposals", "detections"]
+    against: Literal["fp32", "reference"]
+    boxes: int
+    """Boxes of the side that is compared against, over all images."""
+    matched: int
+    """How many of them the artifact has too (IoU of at least `iou`, and the same class for detections)."""
+    iou: float
+    max_score_difference: float | None = None
+
+
+class ParityReport(_Result):
+    """The three questions of parity, for one target."""
+
+    target: str
+    artifact_sha256: str
+    images: int
+    split: str
+    tolerance_steps: int
+    layers: tuple[LayerParity, ...]
+    recalls: tuple[StageRecall, ...]
+    gates: tuple[Gate, ...]
+
+
+class LatencyStats(_Result):
+    """Statistics of repeated runs, milliseconds."""
+
+    runs: int
+    mean_ms: float
+    std_ms: float
+    min_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+
+class Machine(_Result):
+    """Where a figure was measured."""
+
+    measured_on: MeasuredOn
+    system: str
+    processor: str
+    cores: int
+    versions: dict[str, str]
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+
+
+class LayerLatency(_Result):
+    """One module path: its time in the artifact and in the baselines. Medians, milliseconds."""
+
+    order: int
+    path: str
+    stage: Stage
+    kind: Kind
+    kernels: tuple[str, ...]
+    """The runtime's kernels that belong to this path, `QLinearConv`."""
+    artifact_ms: float
+    eager_ms: float | None = None
+    """PyTorch eager fp32, the module's own time (its children are rows of their own)."""
+    fp32_ms: float | None = None
+    """The same runtime, float32."""
+    reduction_percent: float | None = None
+    """100 * (1 - artifact / eager)."""
+
+
+class LatencyProfile(_Result):
+    """Latency of one target, whole and per module path, with its baselines run side by side."""
+
+    target: str
+    artifact_sha256: str
+    machine: Machine
+    threads: int
+    warmup: int
+    measured_at: str
+    """UTC, ISO 8601."""
+    whole: dict[str, LatencyStats]
+    """Interleaved runs, frame in to boxes out: `artifact`, `eager`, `fp32`."""
+    fps: float
+    layers: tuple[LayerLatency, ...]
+    profiled_whole_ms: float
+    """Median of a whole run while profiling: what the layers must add up to."""
+    accounted_share: float
+    """Sum of the layers over `profiled_whole_ms`."""
+    gates: tuple[Gate, ...]
+
+
+class ClassAccuracy(_Result):
+    """One class; values in 0..1, None where the split has no object of it."""
+
+    label: str
+    objects: int
+    voc_ap50: float | None
+    """Pascal VOC AP at IoU 0.5, area under all points."""
+    voc_ap50_11point: float | None
+    coco_ap: float | None
+    """COCO AP, mean over IoU 0.50:0.05:0.95."""
+    coco_ap50: float | None
+    precision: tuple[float, ...]
+    """VOC precision/recall curve at IoU 0.5, at most 101 points, recall ascending."""
+    recall: tuple[float, ...]
+
+
+class Interval(_Result):
+    """A bootstrap confidence interval."""
+
+    low: float
+    high: float
+    level: float
+    """0.95."""
+
+
+class Accuracy(_Result):
+    """One subject (eager, reference or a target) on one split; values in 0..1."""
+
+    subject: str
+    """`eager`, `reference`, or the target's name."""
+    voc_map50: float
+    voc_map50_11point: float
+    coco_map: float
+    coco_map50: float
+    coco_map75: float
+    coco_map_small: float | None
+    coco_map_medium: float | None
+    coco_map_large: float | None
+    voc_map50_interval: Interval
+    """Bootstrap over images."""
+    coco_map_interval: Interval
+    voc_drop_interval: Interval | None
+    """Paired bootstrap of this subject's VOC mAP minus eager's; None for eager."""
+    coco_drop_interval: Interval | None
+    classes: tuple[ClassAccuracy, ...]
+
+
+class AccuracyReport(_Result):
+    """Accuracy before and after, on one split."""
+
+    dataset: str
+    dataset_sha256: str
+    split: str
+    images: int
+    objects: int
+    dropped_boxes: int
+    subjects: tuple[Accuracy, ...]
+    gates: tuple[Gate, ...]
+
+
+class Complexity(_Result):
+    """How large a detector is, before and after."""
+
+    parameters: int
+    macs: int
+    average_sparsity: float
+    """Share of weights that are exactly zero, float detector."""
+    average_sparsity_quantized: float
+    """Share of int8 weight codes that are zero."""
+    float_bytes: int
+    """Size on disk of the float32 artifact of the same target."""
+    artifact_bytes: int
+
+
+class MemoryUse(_Result):
+    """Peak resident memory of a fresh process that ran one inference, bytes. Varies a little from run to run."""
+
+    subject: str
+    peak_bytes: int
