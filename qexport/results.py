@@ -230,3 +230,22 @@ class MemoryUse(_Result):
 
     subject: str
     peak_bytes: int
+
+
+class ImageDetections(_Result, frozen=True):
+    """What one subject says of one image, best first."""
+
+    image: str
+    """Path relative to the dataset's root, with `/`."""
+    boxes: tuple[tuple[float, float, float, float], ...]
+    """xyxy, pixels of the original image."""
+    scores: tuple[float, ...]
+    labels: tuple[int, ...]
+    """1 and above, an index into the detector's labels."""
+
+
+class DetectionsRecord(_Result, frozen=True):
+    """`detections.json`: the detections behind the accuracy, for the pictures of the report."""
+
+    subjects: dict[str, tuple[ImageDetections, ...]]
+    """By subject: `eager`, `reference`, or the target's name."""
