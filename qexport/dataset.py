@@ -71,19 +71,19 @@ def load_dataset(root: Path, split: str | None, *, classes: tuple[str, ...] = ()
         DatasetError: anything missing, malformed or contradictory; the text names the file, what was found,
             what was expected and how to put it right.
     """
+    root = root.resolve()
     kind = _recognise(root)
     given = _without_background(classes)
     if kind == "folder":
         names: tuple[str, ...] = (BACKGROUND, *given)
-        listed, split = _list_folder(root), root.resolve().name
+        listed, split = _list_folder(root), root.name
     elif kind == "coco":
         file, split = _coco_file(root, split)
         names, listed = read_coco(file, split, given)
     else:
         split = _choose(root, split, voc_splits(root))
         names, listed = read_voc(root, split, given)
-    folder = root.resolve().parent if root.is_file() else root.resolve()
-    return _assemble(folder, split, kind, names, listed)
+    return _assemble(_folder(root), split, kind, names, listed)
 
 
 def require_boxes(dataset: Dataset) -> None:
@@ -149,6 +149,12 @@ def _recognise(root: Path) -> Format:
         f"{root}: no images and no annotations; expected COCO JSON, Pascal VOC (Annotations, ImageSets/Main, "
         f"JPEGImages), or images ({', '.join(sorted(_IMAGE_SUFFIXES))}). Check the path."
     )
+
+
+def _folder(root: Path) -> Path:
+    if root.is_dir():
+        return root
+    return root.parent.parent if root.parent.name == "annotations" else root.parent
 
 
 def _coco_file(root: Path, split: str | None) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,7 @@ class DroppedBox:
 class Dataset:
     """One split of a dataset.
 
+    root: absolute; where the annotations are one .json file, its folder, or the one above `annotations`.
     classes: names in label order; `classes[0]` is the background, a label without a category is `N/A`.
     dropped: the annotated boxes that could not be used.
     sha256: digest of the annotations as used and of every image's bytes; the folder's place is not in it.
@@ -84,6 +86,10 @@ class Dataset:
     def objects(self) -> int:
         """How many boxes the split has, ignored ones included."""
         return sum(len(sample.boxes) for sample in self.samples)
+
+    def name_of(self, sample: Sample) -> str:
+        """Return a sample's path relative to the dataset's root, with `/`."""
+        return Path(os.path.relpath(sample.path, self.root)).as_posix()
 
 
 @dataclass(frozen=True, slots=True)

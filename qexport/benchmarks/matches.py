@@ -56,8 +56,8 @@ class HitCounts:
 
     def precision(self) -> NDArray[np.float64]:
         """(B, H): the share of hits among all detections so far; 0 before the first."""
-        # The same tiny term as in pycocotools, so that equal counts give equal floats.
-        precision: NDArray[np.float64] = self.hits / (self.hits + self.misses + np.spacing(1))
+        # pycocotools adds 2e-16 below the line instead, which makes a perfect precision a little less than 1.
+        precision: NDArray[np.float64] = self.hits / np.maximum(self.hits + self.misses, 1)
         return precision
 
     def envelope(self) -> NDArray[np.float64]:
