@@ -1,0 +1,142 @@
+"""One run folder in, the report's files out, written beside what they were made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.benchmarks.report import csvs, pictures, plots, tables, verdict
+from qexport.benchmarks.report.document import (
+    ReportDocument,
+    TargetDocument,
+    TargetTimings,
+    TimingsDocument,
+    report_schema,
+    summarise_artifact,
+    summarise_encodings,
+)
+from qexport.benchmarks.report.render import render
+from qexport.benchmarks.report.stages import RunResults, TargetResults, read_run
+from qexport.files import write_bytes, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """Where the report's files lie."""
+
+    html: Path
+    json: Path
+    schema: Path
+    timings: Path
+    layers_csv: Path
+    latency_csv: Path
+    kinds_csv: Path
+    accuracy_csv: Path
+
+
+def build_report(run: Path, *, dataset_root: Path | None) -> ReportFiles:
+    """Write the report of a run folder into that folder.
+
+    Args:
+        run: folder with `run.json`, `detector.json` and whatever stages have run.
+        dataset_root: folder that the images' paths are relative to; None leaves the images out.
+
+    Returns:
+        The paths of the files, all of which exist.
+
+    Raises:
+        RunFolderError: no such folder, a file in it that is not of this version, or it cannot be written.
+        EncodingsError: an encodings table that was edited.
+        TargetUnavailable: jinja2 or matplotlib is not installed.
+    """
+    results = read_run(run)
+    page = render("report.html", _page(results, dataset_root))
+    return ReportFiles(
+        html=write_bytes(run / "report.html", page.encode()),
+        json=write_json(run / "report.json", report_document(results)),
+        schema=write_json(run / "report.schema.json", report_schema()),
+        timings=write_json(run / "timings.json", timings_document(results)),
+        layers_csv=write_bytes(run / "layers.csv", csvs.layers_csv(results)),
+        latency_csv=write_bytes(run / "latency.csv", csvs.latency_csv(results)),
+        kinds_csv=write_bytes(run / "kinds.csv", csvs.kinds_csv(results)),
+        accuracy_csv=write_bytes(run / "accuracy.csv", csvs.accuracy_csv(results)),
+    )
+
+
+def report_document(run: RunResults) -> ReportDocument:
+    """Return what `report.json` holds."""
+    return ReportDocument(
+        verdict=verdict.run_verdict(run),
+        run=run.record,
+        detector=run.detector,
+        calibration=summarise_encodings(run.encodings) if run.encodings else None,
+        accuracy=run.accuracy,
+        targets=tuple(
+            TargetDocument(
+                target=one.target,
+                artifact=summarise_artifact(one.artifact) if one.artifact else None,
+                parity=one.parity,
+                complexity=one.complexity,
+            )
+            for one in run.targets
+        ),
+        missing=run.missing,
+    )
+
+
+def timings_document(run: RunResults) -> TimingsDocument:
+    """Return what `timings.json` holds."""
+    return TimingsDocument(
+        targets=tuple(
+            TargetTimings(
+                target=one.target,
+                parity=verdict.parity_verdict(one.parity),
+                latency=one.latency,
+                memory=one.memory,
+            )
+            for one in run.targets
+        )
+    )
+
+
+def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
+    accuracy = run.accuracy
+    subjects = {one.subject: one for one in accuracy.subjects} if accuracy else {}
+    lines = verdict.gate_lines(run)
+    return {
+        "run": run,
+        "verdict": verdict.run_verdict(run),
+        "timed": verdict.timed_verdict(run),
+        "gates": [line for line in lines if not line.timed],
+        "timed_gates": [line for line in lines if line.timed],
+        "subjects": subjects,
+        "noise": tables.noise_sentences(accuracy) if accuracy else (),
+        "class_rows": tables.class_rows(accuracy) if accuracy else (),
+        "curves": plots.precision_recall(accuracy, "curves") if accuracy else "",
+        "curve_labels": plots.curve_labels(accuracy) if accuracy else (),
+        "targets": [_target(run, one, number, dataset_root) for number, one in enumerate(run.targets)],
+        "shown_score": pictures.SHOWN_SCORE,
+        "same_iou": pictures.SAME_IOU,
+        "baselines": tables.BASELINES,
+    }
+
+
+def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path | None) -> dict[str, object]:
+    name, parity, latency = f"t{number}", one.parity, one.latency
+    beside = verdict.parity_verdict(parity)
+    differences = pictures.largest_differences(run.detections, one.target) if run.detections else ()
+    return {
+        "id": name,
+        "results": one,
+        "parity": beside,
+        "worst": tables.worst_layer(parity) if parity else None,
+        "statuses": tables.status_counts(parity) if parity else {},
+        "sqnr_plot": plots.sqnr_by_depth(parity, f"{name}-sqnr") if parity else "",
+        "sums": csvs.latency_sums(latency) if latency else {},
+        "reconciliation": tables.reconcile(latency) if latency else None,
+        "latency_plot": plots.latency_by_layer(latency, f"{name}-latency", beside.text) if latency else "",
+        "speedup": {name: tables.speedup(latency, name) for name in tables.BASELINES} if latency else {},
+        "floats": tables.float_decisions(run.encodings, one.artifact),
+        "artifact_sha256": one.artifact.sha256 if one.artifact else None,
+        "pictures": [(one, pictures.embed(dataset_root, one.image)) for one in differences],
+    }

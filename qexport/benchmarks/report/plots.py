@@ -1,0 +1,282 @@
+"""The plots, as SVG text that stands inside the page.
+
+Colours are placeholders that become CSS variables of the page, so a plot follows the light and the dark
+theme; identifiers are derived from the plot's name, so the bytes are the same from run to run and two
+plots never share one.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qexport.errors import TargetUnavailable
+from qexport.layers import STAGES
+from qexport.results import Accuracy, AccuracyReport, ClassAccuracy, LatencyProfile, LayerParity, ParityReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_BARS = 40
+MAX_CURVES = 12
+
+_INK, _MUTED, _GRID, _SURFACE, _BAD = "#010101", "#010102", "#010103", "#010104", "#010105"
+_STAGE_COLOURS = {stage: f"#0102{number:02x}" for number, stage in enumerate(STAGES, start=1)}
+_SERIES = tuple(f"#0103{number:02x}" for number in range(1, 7))
+_VARIABLES = {
+    _INK: "--ink",
+    _MUTED: "--muted",
+    _GRID: "--line",
+    _SURFACE: "--surface",
+    _BAD: "--bad",
+    **{colour: f"--stage-{stage.replace('_', '-')}" for stage, colour in _STAGE_COLOURS.items()},
+    **{colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)},
+}
+_STAGE_MARKERS = dict(zip(STAGES, ("X", "o", "s", "^", "P", "D", "v", "*"), strict=True))
+_STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "text.parse_math": False,  # a class called "$x$" is a name, not mathematics
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "axes.unicode_minus": True,
+}
+
+
+def sqnr_by_depth(parity: ParityReport, name: str) -> str:
+    """Draw SQNR against fp32, and against the quantized reference below it, layer after layer.
+
+    Args:
+        parity: what is drawn.
+        name: prefix of the identifiers in the SVG, unique in the page.
+
+    Returns:
+        SVG text; empty where no layer has an SQNR.
+    """
+    fp32 = [layer for layer in parity.layers if layer.sqnr_fp32_db is not None]
+    reference = [layer for layer in parity.layers if layer.sqnr_reference_db is not None]
+    if not fp32:
+        return ""
+    rows = 2 if reference else 1
+    with _figure(name, width=9.6, height=3.1 * rows) as (figure, result):
+        axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+        _scatter_by_stage(axes[0], fp32, [layer.sqnr_fp32_db or 0.0 for layer in fp32])
+        axes[0].set_title("SQNR against the float detector (quantization and everything before the layer)")
+        _mark_worst(axes[0], fp32)
+        if reference:
+            _scatter_by_stage(axes[1], reference, [layer.sqnr_reference_db or 0.0 for layer in reference])
+            axes[1].set_title("SQNR against the quantized reference (the runtime; identical layers left out)")
+        for one in axes:
+            one.set_ylabel("SQNR, dB")
+            one.set_xlim(-1, max(layer.order for layer in parity.layers) + 1)
+        axes[-1].set_xlabel("layer, in order of execution")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
+    return result[0]
+
+
+def precision_recall(accuracy: AccuracyReport, name: str) -> str:
+    """Draw one precision/recall curve per class and subject; the classes with the most objects first.
+
+    Returns:
+        SVG text; empty where no class has a curve.
+    """
+    labels = curve_labels(accuracy)
+    if not labels:
+        return ""
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    with _figure(name, width=3.2 * columns + 0.4, height=2.8 * rows + 0.4) as (figure, result):
+        for position, label in enumerate(labels, start=1):
+            axes = figure.add_subplot(rows, columns, position)
+            for number, subject in enumerate(accuracy.subjects):
+                _curve(axes, subject, label, number)
+            axes.set(xlim=(0, 1.01), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+            axes.set_title(label)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return result[0]
+
+
+def curve_labels(accuracy: AccuracyReport) -> tuple[str, ...]:
+    """Return the classes that `precision_recall` draws: at most MAX_CURVES, those with the most objects."""
+    objects: dict[str, int] = {}
+    for subject in accuracy.subjects:
+        for one in subject.classes:
+            if one.recall:
+                objects[one.label] = one.objects
+    ranked = sorted(objects, key=lambda label: (-objects[label], label))[:MAX_CURVES]
+    return tuple(label for label in objects if label in ranked)
+
+
+def latency_by_layer(profile: LatencyProfile, name: str, parity: str) -> str:
+    """Draw a pair of bars per module path, artifact and eager; beyond MAX_BARS the rest is one pair.
+
+    Args:
+        profile: what is drawn.
+        name: prefix of the identifiers in the SVG, unique in the page.
+        parity: the parity verdict, which stands in the title.
+    """
+    if not profile.layers:
+        return ""
+    bars = _bars(profile)
+    with _figure(name, width=9.6, height=0.21 * len(bars) + 1.3) as (figure, result):
+        axes = figure.add_subplot()
+        places = range(len(bars))
+        eager = [bar[2] or 0.0 for bar in bars]
+        upper, lower = [place - 0.2 for place in places], [place + 0.2 for place in places]
+        axes.barh(lower, eager, 0.38, color=_SERIES[0], label="PyTorch eager fp32")
+        axes.barh(
+            upper,
+            [bar[1] for bar in bars],
+            0.38,
+            color=_SERIES[2],
+            label=f"{profile.target} artifact",
+        )
+        axes.set_yticks(list(places), [bar[0] for bar in bars], family="monospace", fontsize=7.5)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("median time, ms")
+        axes.set_title(f"Time per module path on {profile.target} ({parity})")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return result[0]
+
+
+def _bars(profile: LatencyProfile) -> Sequence[tuple[str, float, float | None]]:
+    ranked = sorted(profile.layers, key=lambda row: (-max(row.artifact_ms, row.eager_ms or 0.0), row.order))
+    chosen = {row.order for row in ranked[:MAX_BARS]}
+    bars = [(row.path, row.artifact_ms, row.eager_ms) for row in profile.layers if row.order in chosen]
+    rest = ranked[MAX_BARS:]
+    if rest:
+        eager = sum(row.eager_ms or 0.0 for row in rest)
+        bars.append((f"the other {len(rest)} paths", sum(row.artifact_ms for row in rest), eager))
+    return bars
+
+
+def _scatter_by_stage(axes: Axes, layers: Sequence[LayerParity], values: Sequence[float]) -> None:
+    orders = [layer.order for layer in layers]
+    axes.plot(orders, values, color=_GRID, linewidth=0.8, zorder=1)
+    for stage in STAGES:
+        chosen = [place for place, layer in enumerate(layers) if layer.stage == stage]
+        if chosen:
+            axes.plot(
+                [orders[place] for place in chosen],
+                [values[place] for place in chosen],
+                linestyle="none",
+                marker=_STAGE_MARKERS[stage],
+                markersize=5.5,
+                color=_STAGE_COLOURS[stage],
+                markeredgecolor=_SURFACE,
+                markeredgewidth=0.5,
+                label=stage.replace("_", " "),
+            )
+    failing = [place for place, layer in enumerate(layers) if layer.status not in ("ok", "float")]
+    if failing:
+        axes.plot(
+            [orders[place] for place in failing],
+            [values[place] for place in failing],
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            color=_BAD,
+            markeredgewidth=1.6,
+            label="not ok",
+        )
+
+
+def _mark_worst(axes: Axes, layers: Sequence[LayerParity]) -> None:
+    worst = min(layers, key=lambda layer: (layer.sqnr_fp32_db or 0.0, layer.order))
+    late = worst.order > layers[-1].order / 2
+    axes.annotate(
+        f"{worst.path} {worst.sqnr_fp32_db:.1f} dB",
+        (worst.order, worst.sqnr_fp32_db or 0.0),
+        xytext=(-8 if late else 8, -9),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        fontsize=8,
+        color=_INK,
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.05 * (high - low), high)
+
+
+def _curve(axes: Axes, subject: Accuracy, label: str, number: int) -> None:
+    found: ClassAccuracy | None = next((one for one in subject.classes if one.label == label), None)
+    styles = ("-", (0, (4, 2)), (0, (1, 1.2)))
+    axes.plot(
+        found.recall if found else [],
+        found.precision if found else [],
+        color=_SERIES[number % len(_SERIES)],
+        linestyle=styles[number % len(styles)],
+        linewidth=3.4 if number == 0 else 1.6,
+        alpha=0.6 if number == 0 else 1.0,
+        label=subject.subject,
+    )
+
+
+@contextmanager
+def _figure(name: str, *, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
+    """Yield a figure (inches) and a list; when the block ends, the list's one item is the figure's SVG."""
+    try:
+        from matplotlib import style  # noqa: PLC0415 - only a report needs matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise TargetUnavailable(
+            "the report's plots need matplotlib, which is not installed: pip install 'qexport[report]'"
+        ) from error
+    result: list[str] = []
+    with style.context(["default", {**_STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
+        # The browser draws the text with its own fonts, so a letter that matplotlib's font lacks is no fault.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        FigureCanvasSVG(figure)
+        yield figure, result
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=nothing)
+        result.append(_inline(stream.getvalue(), name))
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return the `<svg>` element alone, with CSS variables for colours and identifiers of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg [^>]*?)\s+width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)\s+height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg ", '<svg role="img" ', 1)
+    svg = re.sub(r"<[^>]+>", lambda tag: _own_names(tag.group(), name), svg)
+    return svg.rstrip()
+
+
+def _own_names(tag: str, name: str) -> str:
+    """Return one tag with its colours and identifiers renamed; text between tags is left as it is."""
+    tag = re.sub(r'\bid="', f'id="{name}-', tag)
+    tag = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", tag)
+    return re.sub(r"#01010[1-5]|#0102\d\d|#0103\d\d", lambda found: f"var({_VARIABLES[found.group()]})", tag)

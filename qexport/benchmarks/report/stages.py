@@ -1,0 +1,181 @@
+"""A run folder, read: what was measured, and which stages have not run.
+
+A result that belongs to another detector or another artifact counts as not run: its figures are not
+shown beside the wrong thing.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from qexport.artifact import MANIFEST, Artifact
+from qexport.benchmarks.report.document import MissingStage
+from qexport.encodings import Encodings, load_encodings
+from qexport.errors import RunFolderError
+from qexport.files import read_json
+from qexport.layers import DetectorReport
+from qexport.results import (
+    AccuracyReport,
+    Complexity,
+    DetectionsRecord,
+    LatencyProfile,
+    MemoryUse,
+    ParityReport,
+)
+from qexport.settings import RunRecord
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage(Generic[_T]):
+    """One file of a run folder: what it is called, what it holds, and which command writes it."""
+
+    name: str
+    file: str
+    kind: type[_T]
+    command: str
+    """The subcommand of `qexport` that writes it."""
+
+
+RECORD = Stage("run", "run.json", RunRecord, "run")
+DETECTOR = Stage("detector", "detector.json", DetectorReport, "inspect")
+ENCODINGS = Stage("calibration", "encodings.json", Encodings, "calibrate")
+ACCURACY = Stage("accuracy", "accuracy.json", AccuracyReport, "evaluate")
+DETECTIONS = Stage("detections", "detections.json", DetectionsRecord, "evaluate")
+EXPORT = Stage("export", MANIFEST, Artifact, "export")
+PARITY = Stage("parity", "parity.json", ParityReport, "compare")
+LATENCY = Stage("latency", "latency.json", LatencyProfile, "profile")
+COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
+MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "profile")
+
+_TARGET_FILES = frozenset(stage.file for stage in (EXPORT, PARITY, LATENCY, COMPLEXITY, MEMORY))
+
+
+@dataclass(frozen=True, slots=True)
+class TargetResults:
+    """What was measured of one target; None where the stage has not run."""
+
+    target: str
+    artifact: Artifact | None
+    parity: ParityReport | None
+    latency: LatencyProfile | None
+    complexity: Complexity | None
+    memory: tuple[MemoryUse, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResults:
+    """What a run folder holds; None where the stage has not run."""
+
+    folder: Path
+    record: RunRecord
+    detector: DetectorReport
+    encodings: Encodings | None
+    accuracy: AccuracyReport | None
+    detections: DetectionsRecord | None
+    targets: tuple[TargetResults, ...]
+    missing: tuple[MissingStage, ...]
+
+
+class _Reader:
+    """Reads the files of one run folder and remembers what it did not find."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.missing: list[MissingStage] = []
+
+    def optional(self, stage: Stage[_T], target: str = "") -> _T | None:
+        path = self.run / target / stage.file
+        if not path.is_file():
+            self.miss(stage, target, "has not run")
+            return None
+        return read_json(path, stage.kind, RunFolderError)
+
+    def miss(self, stage: Stage[_T], target: str, why: str) -> None:
+        words = ["qexport", stage.command, *(["--target", target] if target else []), "--out", str(self.run)]
+        self.missing.append(
+            MissingStage(stage=stage.name, target=target, file=stage.file, why=why, command=shlex.join(words))
+        )
+
+
+def read_run(run: Path) -> RunResults:
+    """Read every result in a run folder.
+
+    Raises:
+        RunFolderError: no such folder, no run.json or detector.json, or a file that is not of this version.
+        EncodingsError: an encodings table that was edited.
+    """
+    if not run.is_dir():
+        raise RunFolderError(f"{run}: no such folder. Give the folder that `qexport run --out` wrote.")
+    record = read_json(run / RECORD.file, RECORD.kind, RunFolderError)
+    detector = read_json(run / DETECTOR.file, DETECTOR.kind, RunFolderError)
+    reader = _Reader(run)
+    encodings = _read_encodings(reader, detector)
+    accuracy = reader.optional(ACCURACY)
+    detections = reader.optional(DETECTIONS)
+    targets = tuple(_read_target(reader, detector, name) for name in _target_names(run))
+    if not targets:
+        reader.miss(EXPORT, "", "no target was exported")
+    return RunResults(
+        folder=run,
+        record=record,
+        detector=detector,
+        encodings=encodings,
+        accuracy=accuracy,
+        detections=detections,
+        targets=targets,
+        missing=tuple(reader.missing),
+    )
+
+
+def _target_names(run: Path) -> Sequence[str]:
+    return sorted(
+        folder.name
+        for folder in run.iterdir()
+        if folder.is_dir() and any((folder / name).is_file() for name in _TARGET_FILES)
+    )
+
+
+def _read_encodings(reader: _Reader, detector: DetectorReport) -> Encodings | None:
+    path = reader.run / ENCODINGS.file
+    if not path.is_file():
+        reader.miss(ENCODINGS, "", "has not run")
+        return None
+    encodings = load_encodings(path)
+    if encodings.detector_sha256 != detector.detector_sha256:
+        reader.miss(ENCODINGS, "", "was made for another detector")
+        return None
+    return encodings
+
+
+def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> TargetResults:
+    artifact = reader.optional(EXPORT, target)
+    if artifact is not None and artifact.detector_sha256 != detector.detector_sha256:
+        reader.miss(EXPORT, target, "was made from another detector")
+        artifact = None
+    parity = reader.optional(PARITY, target)
+    if parity is not None and not _is_of(artifact, parity.artifact_sha256):
+        reader.miss(PARITY, target, "was measured on another artifact")
+        parity = None
+    latency = reader.optional(LATENCY, target)
+    if latency is not None and not _is_of(artifact, latency.artifact_sha256):
+        reader.miss(LATENCY, target, "was measured on another artifact")
+        latency = None
+    return TargetResults(
+        target=target,
+        artifact=artifact,
+        parity=parity,
+        latency=latency,
+        complexity=reader.optional(COMPLEXITY, target),
+        memory=reader.optional(MEMORY, target),
+    )
+
+
+def _is_of(artifact: Artifact | None, sha256: str) -> bool:
+    """Say whether a digest is this artifact's, or one of its files'; yes where there is no artifact."""
+    return artifact is None or sha256 in {artifact.sha256, *(file.sha256 for file in artifact.files)}

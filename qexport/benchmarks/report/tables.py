@@ -1,0 +1,207 @@
+"""Rows and sums of the report's tables: what was measured, put together and never guessed.
+
+A sum over layers of which some were not measured keeps the sum of those that were, says how many they
+are, and gives no reduction: it would compare different things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from qexport.artifact import Artifact
+from qexport.benchmarks.report import formats
+from qexport.encodings import Encodings
+from qexport.results import (
+    Accuracy,
+    AccuracyReport,
+    ClassAccuracy,
+    Interval,
+    LatencyProfile,
+    LayerLatency,
+    LayerParity,
+    ParityReport,
+)
+
+BASELINES = {"eager": "PyTorch eager fp32", "fp32": "same runtime, fp32"}
+"""Names of `LatencyProfile.whole` beside `artifact`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencySum:
+    """Layers summed under one name; times in milliseconds."""
+
+    name: str
+    paths: int
+    artifact_ms: float
+    eager_ms: float | None
+    eager_paths: int
+    """How many of the paths `eager_ms` covers."""
+    fp32_ms: float | None
+    fp32_paths: int
+    reduction_percent: float | None
+    """Against eager; None where eager does not cover every path."""
+    share: float | None
+    """Of the sum of all layers of the artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciliation:
+    """The sum of the layers against the whole run that was profiled; milliseconds."""
+
+    layers_ms: float
+    whole_ms: float
+    rest_ms: float
+    """What no layer explains; negative where the layers add up to more than the whole."""
+    accounted_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class FloatDecision:
+    """A layer that is not quantized, and who says so."""
+
+    path: str
+    call: int
+    op: str
+    decided_by: str
+    kernels: str
+    reason: str
+
+
+def differing_per_million(layer: LayerParity) -> float | None:
+    """Return how many of a million values differ from the integer reference; None where not compared."""
+    if layer.differing is None or layer.values == 0:
+        return None
+    return 1e6 * layer.differing / layer.values
+
+
+def worst_layer(parity: ParityReport) -> LayerParity | None:
+    """Return a layer that fails, else the one with the lowest SQNR against fp32; None where none has one."""
+    failing = [layer for layer in parity.layers if layer.status not in ("ok", "float")]
+    if failing:
+        return max(failing, key=lambda layer: (layer.max_step or 0, -layer.order))
+    measured = [layer for layer in parity.layers if layer.sqnr_fp32_db is not None]
+    return min(measured, key=lambda layer: (layer.sqnr_fp32_db or 0.0, layer.order)) if measured else None
+
+
+def status_counts(parity: ParityReport) -> dict[str, int]:
+    """Return how many layers have each status that occurs, failures first."""
+    found = [layer.status for layer in parity.layers]
+    statuses = ("over_tolerance", "shape_mismatch", "unmatched", "ok", "float")
+    return {status: found.count(status) for status in statuses if status in found}
+
+
+def sum_layers(
+    layers: Sequence[LayerLatency], name_of: Callable[[LayerLatency], str]
+) -> tuple[LatencySum, ...]:
+    """Return one sum per name, slowest first."""
+    groups: dict[str, list[LayerLatency]] = {}
+    for layer in layers:
+        groups.setdefault(name_of(layer), []).append(layer)
+    whole = sum(layer.artifact_ms for layer in layers)
+    sums = [_sum_group(name, group, whole) for name, group in groups.items()]
+    return tuple(sorted(sums, key=lambda row: (-row.artifact_ms, row.name)))
+
+
+def _sum_group(name: str, group: Sequence[LayerLatency], whole_ms: float) -> LatencySum:
+    artifact_ms = sum(layer.artifact_ms for layer in group)
+    eager = _measured(layer.eager_ms for layer in group)
+    fp32 = _measured(layer.fp32_ms for layer in group)
+    eager_ms = sum(eager) if eager else None
+    complete = len(eager) == len(group)
+    return LatencySum(
+        name=name,
+        paths=len(group),
+        artifact_ms=artifact_ms,
+        eager_ms=eager_ms,
+        eager_paths=len(eager),
+        fp32_ms=sum(fp32) if fp32 else None,
+        fp32_paths=len(fp32),
+        reduction_percent=100 * (1 - artifact_ms / eager_ms) if complete and eager_ms else None,
+        share=artifact_ms / whole_ms if whole_ms > 0 else None,
+    )
+
+
+def _measured(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def reconcile(profile: LatencyProfile) -> Reconciliation:
+    """Return the sum of the layers against the profiled whole, with the unexplained rest."""
+    layers_ms = sum(layer.artifact_ms for layer in profile.layers)
+    return Reconciliation(
+        layers_ms=layers_ms,
+        whole_ms=profile.profiled_whole_ms,
+        rest_ms=profile.profiled_whole_ms - layers_ms,
+        accounted_share=profile.accounted_share,
+    )
+
+
+def speedup(profile: LatencyProfile, baseline: str) -> float | None:
+    """Return median of the baseline over median of the artifact; None where either was not measured."""
+    artifact, other = profile.whole.get("artifact"), profile.whole.get(baseline)
+    if artifact is None or other is None or artifact.p50_ms <= 0:
+        return None
+    return other.p50_ms / artifact.p50_ms
+
+
+def float_decisions(encodings: Encodings | None, artifact: Artifact | None) -> tuple[FloatDecision, ...]:
+    """Return what stays float: by the encodings first, then what the target could not run in integers."""
+    rows: list[FloatDecision] = []
+    kernels: dict[tuple[str, int, str], str] = {}
+    if artifact is not None:
+        kernels = {(row.path, row.call, row.op): ", ".join(row.kernels) for row in artifact.layers}
+    if encodings is not None:
+        rows += [
+            FloatDecision(
+                path=row.path,
+                call=row.call,
+                op=row.op,
+                decided_by="encodings",
+                kernels=kernels.get((row.path, row.call, row.op), ""),
+                reason=row.reason,
+            )
+            for row in encodings.float_rows
+        ]
+    known = {(row.path, row.call, row.op) for row in rows}
+    for layer in artifact.layers if artifact is not None else ():
+        if not layer.integer and (layer.path, layer.call, layer.op) not in known:
+            rows.append(
+                FloatDecision(
+                    path=layer.path,
+                    call=layer.call,
+                    op=layer.op,
+                    decided_by="target",
+                    kernels=", ".join(layer.kernels),
+                    reason=layer.reason,
+                )
+            )
+    return tuple(rows)
+
+
+def class_rows(report: AccuracyReport) -> tuple[tuple[Accuracy, ClassAccuracy], ...]:
+    """Return every class of every subject, the subjects of one class side by side."""
+    labels = dict.fromkeys(row.label for one in report.subjects for row in one.classes)
+    place = {label: number for number, label in enumerate(labels)}
+    rows = [(one, row) for one in report.subjects for row in one.classes]
+    return tuple(sorted(rows, key=lambda pair: place[pair[1].label]))
+
+
+def noise_sentences(report: AccuracyReport) -> tuple[str, ...]:
+    """Return, per subject and metric, whether the difference from eager is inside the noise of the split."""
+    return tuple(
+        _noise(f"{metric} of {one.subject}", interval, report.images)
+        for one in report.subjects
+        for metric, interval in (("VOC mAP", one.voc_drop_interval), ("COCO mAP", one.coco_drop_interval))
+        if interval is not None
+    )
+
+
+def _noise(what: str, interval: Interval, images: int) -> str:
+    low, high = formats.signed(100 * interval.low), formats.signed(100 * interval.high)
+    level = formats.decimals(100 * interval.level, 0)
+    span = f"the {level} % interval of the paired difference is {low} to {high} points"
+    if interval.low <= 0 <= interval.high:
+        return f"{what}: inside the noise of {images} images; {span} and holds zero."
+    side = "above" if interval.low > 0 else "below"
+    return f"{what}: {side} eager by more than the noise of {images} images; {span}."
