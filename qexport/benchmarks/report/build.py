@@ -134,7 +134,9 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "sqnr_plot": plots.sqnr_by_depth(parity, f"{name}-sqnr") if parity else "",
         "sums": csvs.latency_sums(latency) if latency else {},
         "reconciliation": tables.reconcile(latency) if latency else None,
-        "latency_plot": plots.latency_by_layer(latency, f"{name}-latency", beside.text) if latency else "",
+        "latency_plot": plots.latency_by_layer(latency, f"{name}-latency", f"parity {beside.state}")
+        if latency
+        else "",
         "speedup": {name: tables.speedup(latency, name) for name in tables.BASELINES} if latency else {},
         "floats": tables.float_decisions(run.encodings, one.artifact),
         "artifact_sha256": one.artifact.sha256 if one.artifact else None,

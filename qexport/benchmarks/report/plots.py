@@ -137,7 +137,7 @@ def latency_by_layer(profile: LatencyProfile, name: str, parity: str) -> str:
     Args:
         profile: what is drawn.
         name: prefix of the identifiers in the SVG, unique in the page.
-        parity: the parity verdict, which stands in the title.
+        parity: the parity verdict in two words, which stands in the title.
     """
     if not profile.layers:
         return ""
