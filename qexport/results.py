@@ -20,7 +20,7 @@ class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base: frozen, named fields, unknown fields refused."""
 
 
-class Gate(_Result):
+class Gate(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One promise, and whether the measurement keeps it."""
 
     name: str
@@ -34,7 +34,7 @@ class Gate(_Result):
     """Module path of the worst layer, where there is one."""
 
 
-class LayerParity(_Result):
+class LayerParity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One layer: what the runtime computed against what it should have."""
 
     order: int
@@ -62,7 +62,7 @@ class LayerParity(_Result):
     cosine_reference: float | None = None
 
 
-class StageRecall(_Result):
+class StageRecall(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How much of one detector's boxes the other also has, at one stage."""
 
     stage: Literal["proposals", "detections"]
@@ -75,7 +75,7 @@ class StageRecall(_Result):
     max_score_difference: float | None = None
 
 
-class ParityReport(_Result):
+class ParityReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The three questions of parity, for one target."""
 
     target: str
@@ -88,7 +88,7 @@ class ParityReport(_Result):
     gates: tuple[Gate, ...]
 
 
-class LatencyStats(_Result):
+class LatencyStats(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Statistics of repeated runs, milliseconds."""
 
     runs: int
@@ -100,7 +100,7 @@ class LatencyStats(_Result):
     p99_ms: float
 
 
-class Machine(_Result):
+class Machine(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where a figure was measured."""
 
     measured_on: MeasuredOn
@@ -112,7 +112,7 @@ class Machine(_Result):
     temperature_c: float | None = None
 
 
-class LayerLatency(_Result):
+class LayerLatency(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One module path: its time in the artifact and in the baselines. Medians, milliseconds."""
 
     order: int
@@ -130,7 +130,7 @@ class LayerLatency(_Result):
     """100 * (1 - artifact / eager)."""
 
 
-class LatencyProfile(_Result):
+class LatencyProfile(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Latency of one target, whole and per module path, with its baselines run side by side."""
 
     target: str
@@ -151,7 +151,7 @@ class LatencyProfile(_Result):
     gates: tuple[Gate, ...]
 
 
-class ClassAccuracy(_Result):
+class ClassAccuracy(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One class; values in 0..1, None where the split has no object of it."""
 
     label: str
@@ -167,7 +167,7 @@ class ClassAccuracy(_Result):
     recall: tuple[float, ...]
 
 
-class Interval(_Result):
+class Interval(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A bootstrap confidence interval."""
 
     low: float
@@ -176,7 +176,7 @@ class Interval(_Result):
     """0.95."""
 
 
-class Accuracy(_Result):
+class Accuracy(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One subject (eager, reference or a target) on one split; values in 0..1."""
 
     subject: str
@@ -198,7 +198,7 @@ class Accuracy(_Result):
     classes: tuple[ClassAccuracy, ...]
 
 
-class AccuracyReport(_Result):
+class AccuracyReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Accuracy before and after, on one split."""
 
     dataset: str
@@ -211,7 +211,7 @@ class AccuracyReport(_Result):
     gates: tuple[Gate, ...]
 
 
-class Complexity(_Result):
+class Complexity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How large a detector is, before and after."""
 
     parameters: int
@@ -225,7 +225,7 @@ class Complexity(_Result):
     artifact_bytes: int
 
 
-class MemoryUse(_Result):
+class MemoryUse(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Peak resident memory of a fresh process that ran one inference, bytes. Varies a little from run to run."""
 
     subject: str

@@ -1,0 +1,1 @@
+"""Encodings to artifact: one file a target."""

@@ -1,0 +1,1 @@
+"""How each runtime computes the operators of a detector: one operator a file, forms proven against torchvision's."""

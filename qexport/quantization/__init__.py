@@ -1,0 +1,1 @@
+"""The quantized graph: built from a static detector and a table of encodings, the same bits every time."""

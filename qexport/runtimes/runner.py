@@ -1,0 +1,127 @@
+"""What every runtime offers: frame in, detections out, and a look inside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from qexport.artifact import Artifact, InputSpec, load_artifact
+from qexport.detections import Detections
+from qexport.errors import DatasetError
+from qexport.runtimes.preprocess import normalised_image
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTime:
+    """One kernel of one run."""
+
+    name: str
+    """The kernel's name in the runtime, `backbone.body.conv1/Conv`."""
+    kernel: str
+    """Its type, `QLinearConv`."""
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledRun:
+    """One run with every kernel timed."""
+
+    whole_ms: float
+    """The run as the runtime itself timed it."""
+    kernels: tuple[KernelTime, ...]
+
+
+class Runner(ABC):
+    """Runs one file of an artifact. A context manager: what the runtime holds is freed at the end.
+
+    Args:
+        artifact: the artifact's folder, its manifest or a file in it.
+        role: which file, `int8` or its float baseline `fp32`.
+        threads: threads of the runtime.
+    """
+
+    def __init__(self, artifact: Path, *, role: str = "int8", threads: int = 1) -> None:
+        self.artifact: Artifact
+        self.artifact, self.folder = load_artifact(artifact)
+        self.path = self.folder / self.artifact.file(role).name
+        self.threads = threads
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def infer(self, frame: NDArray[np.uint8]) -> Detections:
+        """Detect on one frame.
+
+        Args:
+            frame: (H, W, 3) uint8 RGB, of the size that the artifact declares.
+
+        Returns:
+            Detections in pixels of the frame.
+
+        Raises:
+            DatasetError: the frame is of another size or type.
+        """
+        return self.detections(self.run(self.input_of(frame)))
+
+    def input_of(self, frame: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """Return what the artifact takes for a frame: the frame, or the normalised image."""
+        spec = self.artifact.input
+        check_frame(frame, spec)
+        return normalised_image(frame, spec) if spec.preprocess == "outside" else frame
+
+    def detections(self, outputs: Mapping[str, NDArray[np.generic]]) -> Detections:
+        """Cut the padding off the outputs of a run."""
+        count = int(outputs["count"])
+        return Detections(
+            outputs["boxes"][:count].astype(np.float32),
+            outputs["scores"][:count].astype(np.float32),
+            outputs["labels"][:count].astype(np.int64),
+        )
+
+    @abstractmethod
+    def open(self) -> None:
+        """Load the file into the runtime."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the runtime holds."""
+
+    @abstractmethod
+    def run(
+        self, array: NDArray[np.generic], tensors: Sequence[str] = ()
+    ) -> dict[str, NDArray[np.generic]]:
+        """Run once; return `boxes`, `scores`, `labels`, `count` and the named intermediate tensors."""
+
+    @abstractmethod
+    def profile(self, array: NDArray[np.generic], *, warmup: int, runs: int) -> list[ProfiledRun]:
+        """Run with every kernel timed."""
+
+
+def check_frame(frame: NDArray[np.uint8], spec: InputSpec) -> None:
+    """Refuse a frame that is not what the artifact declares.
+
+    Raises:
+        DatasetError: says what was expected and what was given.
+    """
+    expected = (spec.frame_height_px, spec.frame_width_px, 3)
+    if frame.shape != expected or frame.dtype != np.uint8:
+        raise DatasetError(
+            f"the artifact takes uint8 RGB frames of {expected[0]}x{expected[1]} (height x width), "
+            f"given {frame.dtype} of shape {frame.shape}. Read images with qexport.frames.read_frame."
+        )
