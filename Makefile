@@ -1,0 +1,56 @@
+# Every command of the repository. `make` lists them.
+#
+# The first command that needs it makes .venv and installs qexport with everything for development,
+# in the versions of constraints.txt.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test test-slow bench demo format clean
+
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## Make .venv and install qexport into it, with the tools of development.
+
+test: $(INSTALLED) ## Check style, types and import layers, then run the tests (those that take long excepted).
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED) ## Run every test.
+	$(BIN)/pytest
+
+bench: $(INSTALLED) ## Measure the figures of the README on this machine.
+	$(BIN)/python tools/bench.py
+
+demo: $(INSTALLED) ## Quantize, export, run and measure the demo detector; write runs/demo/report.html.
+	$(BIN)/qexport demo --out runs/demo
+
+format: $(INSTALLED) ## Sort the imports and format the code.
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+clean: ## Remove caches and build outputs. .venv and runs stay.
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Three attempts: the wheels come to gigabytes, and pip keeps those that a broken connection had finished.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	@for attempt in 1 2 3; do \
+	    $(BIN)/pip install -c constraints.txt -e '.[dev]' && touch $@ && exit 0; \
+	    echo "make: installing failed (attempt $$attempt of 3)" >&2; sleep 5; \
+	done; exit 1
+
+# The export stack has wheels for Python 3.11 to 3.13. A name that is found may still not run (pyenv's
+# shims), so each is asked for its version.
+$(BIN)/pip:
+	@for python in python3.11 python3 python3.12 python3.13; do \
+	    if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+	        echo "$$python -m venv .venv"; $$python -m venv .venv; exit $$?; \
+	    fi; \
+	done; echo "make: needs Python 3.11, 3.12 or 3.13 on the PATH" >&2; exit 1
