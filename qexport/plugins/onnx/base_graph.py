@@ -29,8 +29,8 @@ class BaseGraph:
     """An exported graph before a target lowers it."""
 
     model: ir.Model
-    quantizers: dict[str, ir.Node]
-    """The QuantizeLinear of each activation, by encodings key."""
+    quantized_names: dict[str, str]
+    """Name of each quantized activation, by encodings key."""
     proposals: ir.Value
     """(R, 4) float32 proposals, xyxy, pixels of the resized image."""
 
@@ -84,10 +84,10 @@ def export_base_graph(
             f"torch.onnx wrote {len(found)} quantizers, {len(wanted)} were decided, or their order changed. "
             "This torch is not one that qexport was tested with: see constraints.txt."
         )
-    by_key: dict[str, ir.Node] = {}
+    by_key: dict[str, str] = {}
     for (key, _), quantizer in zip(keys_in_order, quantizers, strict=True):
         quantizer.metadata_props["site"] = key.partition("/")[0]
-        by_key.setdefault(key, quantizer)
+        by_key.setdefault(key, str(quantizer.outputs[0].name))
     roi_align = next(node for node in model.graph if node.op_type == ROI_ALIGN)
     assert roi_align.inputs[0] is not None
     return BaseGraph(model, by_key, roi_align.inputs[0])

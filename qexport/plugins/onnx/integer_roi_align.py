@@ -20,6 +20,8 @@ from qexport.plugins.onnx.roi_align import QuantizedFeature, RoiAlignSpec, lower
 class ChannelsLast:
     """A tensor that the rewritten graph stores channels last."""
 
+    replaces: str
+    """Name of the quantized tensor that it stands for."""
     value: ir.Value
     stored_shape: tuple[int, int, int, int]
     """(R, pooled_h, pooled_w, C)."""
@@ -54,17 +56,18 @@ def lower_to_integer(model: ir.Model) -> list[ChannelsLast]:
     stored = (spec.proposals, height, width, spec.channels)
     pooled.dtype, pooled.shape = ir.DataType.UINT8, ir.Shape((spec.proposals * height, width, spec.channels))
     flattened = _flattening_quantizer(quantizer)
+    names = [str(node.outputs[0].name) for node in (quantizer, flattened) if node is not None]
     if flattened is not None:
         build = Builder(flattened)
         flat = build.op("Reshape", [pooled, build.constant([spec.proposals, height * width * spec.channels], np.int64)])
         for use in list(flattened.outputs[0].uses()):
             _permute_columns(model, use.node, spec)
         build.replace_with(flat)
-        return [ChannelsLast(pooled, stored), ChannelsLast(flat, stored)]
+        return [ChannelsLast(names[0], pooled, stored), ChannelsLast(names[1], flat, stored)]
     build = Builder(quantizer)
     shaped = build.op("Reshape", [pooled, build.constant(stored, np.int64)])
     build.replace_with(build.op("Transpose", [shaped], perm=[0, 3, 1, 2]))
-    return [ChannelsLast(pooled, stored)]
+    return [ChannelsLast(names[0], pooled, stored)]
 
 
 def _flattening_quantizer(quantizer: ir.Node) -> ir.Node | None:
