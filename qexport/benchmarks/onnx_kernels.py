@@ -1,0 +1,149 @@
+"""Which module a kernel of ONNX Runtime belongs to, and what kind of work it is. Needs the onnx package.
+
+The exporter names nodes `PATH[@CALL]/Operator`. ONNX Runtime fuses nodes, adds to their names, and inserts
+nodes of its own without a path; the graph that it really runs says where those belong.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import onnx
+
+from qexport.layers import Kind
+from qexport.runtimes.onnx import make_session
+
+NOWHERE = "detector"
+"""Path of a kernel that no module can be found for."""
+
+_ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Mish")
+# "fused NAME" and "NAME_nchwc", "NAME_token_12" are ONNX Runtime's.
+_PREFIX = "fused "
+_SUFFIX = re.compile(r"(_nchwc|_token_\d+)+$")
+
+_KINDS: dict[Kind, tuple[str, ...]] = {
+    "convolution": ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "ConvTranspose"),
+    "linear": (
+        "Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "QLinearMatMul", "MatMulInteger",
+        "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+    ),
+    "pooling": (
+        "MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool", "GlobalAveragePool",
+        "QLinearGlobalAveragePool", "GlobalMaxPool",
+    ),
+    "elementwise": (
+        "Add", "QLinearAdd", "Sub", "Mul", "QLinearMul", "Div", "Sum", "Min", "Max", "Pow", "Sqrt", "Exp", "Log",
+        "Neg", "Abs", "Floor", "Ceil", "Round", "Where", "QLinearWhere", "Equal", "Greater", "GreaterOrEqual",
+        "Less", "LessOrEqual", "And", "Or", "Not", "Mod",
+    ),
+    "activation": (*_ACTIVATIONS, "QuickGelu", "QLinearLeakyRelu", "QLinearSigmoid", "Softmax", "QLinearSoftmax"),
+    "resize": ("Resize", "Upsample"),
+    "concatenation": ("Concat", "QLinearConcat"),
+    "roi_align": ("RoiAlign", "MaxRoiPool"),
+    "nms": ("NonMaxSuppression",),
+    "reformat": (
+        "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile", "Pad", "Slice", "Split",
+        "Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOutput",
+    ),
+}  # fmt: skip
+_KIND_OF: dict[str, Kind] = {kernel: kind for kind, kernels in _KINDS.items() for kernel in kernels}
+
+
+def kind_of_kernel(kernel: str) -> Kind:
+    """Return the kind of work that a kernel type does; `other` for a gather, a top-k and the like."""
+    return _KIND_OF.get(kernel, "other")
+
+
+def kernel_owners(model: Path, rows: Collection[str] | None = None) -> dict[str, str]:
+    """Return the module path of every kernel that ONNX Runtime runs for a model.
+
+    Args:
+        model: a file whose nodes the exporter named.
+        rows: for a baseline: the artifact's paths. An activation that is not among them, because the
+            artifact has fused it, goes to the module whose output it takes.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not accept the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "optimized.onnx"
+        make_session(model, optimized=written)
+        optimized = onnx.load(written, load_external_data=False)
+    original = onnx.load(model, load_external_data=False)
+    return assign_paths(original.graph.node, optimized.graph.node, rows)
+
+
+def assign_paths(
+    original: Iterable[onnx.NodeProto], optimized: Iterable[onnx.NodeProto], rows: Collection[str] | None = None
+) -> dict[str, str]:
+    """Return the module path of every optimised node, by its name.
+
+    Args:
+        original: the nodes as exported.
+        optimized: the nodes that run.
+        rows: as in `kernel_owners`.
+    """
+    sources = {node.name: node for node in original}
+    makers = {output: node for node in sources.values() for output in node.output}
+    known = {path_of(name) for name in sources}
+    nodes = list(optimized)
+    owners: dict[str, str] = {}
+    for node in nodes:
+        site = _site(node.name)
+        source = sources.get(site)
+        if source is not None:
+            fused = source.op_type in _ACTIVATIONS and node.op_type not in _ACTIVATIONS
+            owners[node.name] = _before_activation(source, makers, rows, fused=fused)
+        elif path_of(site) in known:
+            owners[node.name] = path_of(site)
+    _assign_inserted(nodes, owners)
+    return owners
+
+
+def path_of(name: str) -> str:
+    """Return the module path in a node's name, `rpn.head.conv.0.0@3/Conv` to `rpn.head.conv.0.0`."""
+    return name.partition("/")[0].partition("@")[0]
+
+
+def _site(name: str) -> str:
+    """Return the name of the exported node that a kernel's name comes from, `PATH[@CALL]/Operator`."""
+    path, _, operator = name.removeprefix(_PREFIX).partition("/")
+    return f"{path}/{_SUFFIX.sub('', operator.partition('/')[0])}"
+
+
+def _before_activation(
+    node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], rows: Collection[str] | None, *, fused: bool
+) -> str:
+    """Return a node's path, or, for an activation that was fused or has no row, that of what it acts on."""
+    path = path_of(node.name)
+    while node.op_type in _ACTIVATIONS and (fused or (rows is not None and path not in rows)):
+        if node.input[0] not in makers:
+            break
+        node = makers[node.input[0]]
+        path = path_of(node.name)
+    return path
+
+
+def _assign_inserted(nodes: list[onnx.NodeProto], owners: dict[str, str]) -> None:
+    """Give nodes that ONNX Runtime inserted to their first input's producer, else to their consumer."""
+    makers = {output: node.name for node in nodes for output in node.output}
+    users = {value: node.name for node in reversed(nodes) for value in node.input if value}
+    waiting = [node for node in nodes if node.name not in owners]
+    neighbours = [
+        {node.name: [makers.get(value) for value in node.input[:1]] for node in waiting},
+        {node.name: [users.get(value) for value in node.output] for node in waiting},
+    ]
+    for side in neighbours:  # what follows one inserted node may be another: again until nothing changes
+        changed = True
+        while changed:
+            changed = False
+            for name in side:
+                found = next((owners[near] for near in side[name] if near in owners), None)
+                if name not in owners and found is not None:
+                    owners[name] = found
+                    changed = True
+    for node in waiting:
+        owners.setdefault(node.name, NOWHERE)
