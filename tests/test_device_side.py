@@ -9,12 +9,11 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
 import pytest
-from packaging.requirements import Requirement
+import tomllib
 from PIL import Image
 
 import qexport
@@ -155,13 +154,9 @@ def device_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True, timeout=120)
     python = folder / "venv" / "bin" / "python"
-    wanted = [Requirement(line) for line in requires("qexport") or []]
-    names = [
-        f"{one.name}{one.specifier}"
-        for one in wanted
-        if one.marker is None or one.marker.evaluate({"extra": "onnx-runtime"})
-    ]
-    install(python, "-c", str(ROOT / "constraints.txt"), *names)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["onnx-runtime"]]
+    install(python, "-c", str(ROOT / "constraints.txt"), *wanted)
     source = folder / "source"
     source.mkdir()
     shutil.copytree(ROOT / "qexport", source / "qexport", ignore=shutil.ignore_patterns("__pycache__"))
