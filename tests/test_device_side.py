@@ -28,9 +28,12 @@ from qexport.runtimes.onnx import OnnxRunner
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(qexport.__file__).parent
+WORKSTATION_MODULES = {"pipeline", "subject"}
 DEVICE_MODULES = (
     "qexport",
-    *sorted(f"qexport.{path.stem}" for path in PACKAGE.glob("[!_]*.py")),
+    *sorted(
+        f"qexport.{path.stem}" for path in PACKAGE.glob("[!_]*.py") if path.stem not in WORKSTATION_MODULES
+    ),
     *sorted(f"qexport.runtimes.{path.stem}" for path in (PACKAGE / "runtimes").glob("[!_]*.py")),
 )
 HAS_CLI = (PACKAGE / "cli.py").is_file()
