@@ -40,8 +40,10 @@ def processor_name(info: dict[str, str]) -> str:
 
 
 def temperature_c(folder: Path) -> float | None:
-    """Return the highest reading of the thermal zones in `folder`, degrees Celsius; None where there is none."""
-    readings = [number / 1000 for zone in sorted(folder.glob("thermal_zone*/temp")) if (number := _number(zone))]
+    """Return the highest reading of the thermal zones in `folder`, degrees Celsius; None for none."""
+    readings = [
+        number / 1000 for zone in sorted(folder.glob("thermal_zone*/temp")) if (number := _number(zone))
+    ]
     return max(readings, default=None)
 
 

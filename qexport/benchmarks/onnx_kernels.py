@@ -35,11 +35,13 @@ _KINDS: dict[Kind, tuple[str, ...]] = {
         "QLinearGlobalAveragePool", "GlobalMaxPool",
     ),
     "elementwise": (
-        "Add", "QLinearAdd", "Sub", "Mul", "QLinearMul", "Div", "Sum", "Min", "Max", "Pow", "Sqrt", "Exp", "Log",
-        "Neg", "Abs", "Floor", "Ceil", "Round", "Where", "QLinearWhere", "Equal", "Greater", "GreaterOrEqual",
-        "Less", "LessOrEqual", "And", "Or", "Not", "Mod",
+        "Add", "QLinearAdd", "Sub", "Mul", "QLinearMul", "Div", "Sum", "Min", "Max", "Pow", "Sqrt", "Exp",
+        "Log", "Neg", "Abs", "Floor", "Ceil", "Round", "Where", "QLinearWhere", "Equal", "Greater",
+        "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Mod",
     ),
-    "activation": (*_ACTIVATIONS, "QuickGelu", "QLinearLeakyRelu", "QLinearSigmoid", "Softmax", "QLinearSoftmax"),
+    "activation": (
+        *_ACTIVATIONS, "QuickGelu", "QLinearLeakyRelu", "QLinearSigmoid", "Softmax", "QLinearSoftmax",
+    ),
     "resize": ("Resize", "Upsample"),
     "concatenation": ("Concat", "QLinearConcat"),
     "roi_align": ("RoiAlign", "MaxRoiPool"),
@@ -77,7 +79,9 @@ def kernel_owners(model: Path, rows: Collection[str] | None = None) -> dict[str,
 
 
 def assign_paths(
-    original: Iterable[onnx.NodeProto], optimized: Iterable[onnx.NodeProto], rows: Collection[str] | None = None
+    original: Iterable[onnx.NodeProto],
+    optimized: Iterable[onnx.NodeProto],
+    rows: Collection[str] | None = None,
 ) -> dict[str, str]:
     """Return the module path of every optimised node, by its name.
 
@@ -141,7 +145,9 @@ def _assign_inserted(nodes: list[onnx.NodeProto], owners: dict[str, str]) -> Non
         while changed:
             changed = False
             for name in side:
-                found = next((owners[near] for near in side[name] if near in owners), None)
+                found = next(
+                    (owners[near] for near in side[name] if near is not None and near in owners), None
+                )
                 if name not in owners and found is not None:
                     owners[name] = found
                     changed = True
