@@ -32,6 +32,8 @@ class Gate(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What was asked, `at most 1 step`."""
     culprit: str = ""
     """Module path of the worst layer, where there is one."""
+    subject: str = ""
+    """Whose gate it is: a target's name, or `reference`."""
 
 
 class LayerParity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):

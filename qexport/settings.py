@@ -25,13 +25,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Proposals that the box head sees; None: the detector's own number."""
     detections: int | None = None
     preprocess: PreprocessPlace = "inside"
-    calibration_split: str = "train"
+    calibration_data: str | None = None
+    """Images to calibrate with, where they are not those of `data`; they need no annotations."""
+    calibration_split: str | None = None
+    """None: `train` where there is one."""
     calibration_images: int = 64
     observer: ObserverName = "min-max"
     percentile: float = 99.99
     keep_float: tuple[str, ...] = ()
-    split: str = "test"
-    """The split that accuracy and parity are measured on."""
+    split: str | None = None
+    """The split that accuracy and parity are measured on; None: `test` where there is one, else `val`."""
     parity_images: int = 8
     tolerance_steps: int = 1
     max_unmatched: float = 0.0

@@ -164,6 +164,7 @@ def _gates(eager: Accuracy, subject: Accuracy, max_drop: float) -> tuple[Gate, G
             passed=drop <= max_drop + _ROUNDING,
             measured=f"{drop:.4f} ({before:.4f} -> {after:.4f}), {subject.subject}",
             limit=f"at most {max_drop:g}",
+            subject=subject.subject,
         )
 
     return (

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -78,7 +79,10 @@ def compare(
         tolerance_steps=tolerance_steps,
         layers=rows,
         recalls=session.recalls.results(),
-        gates=_gates(rows, tolerance_steps, max_unmatched, session.probe_differs),
+        gates=tuple(
+            msgspec.structs.replace(gate, subject=runner.artifact.target)
+            for gate in _gates(rows, tolerance_steps, max_unmatched, session.probe_differs)
+        ),
     )
 
 

@@ -62,6 +62,12 @@ class LoadedDetector:
     random_weights: bool
     backbone: str
 
+    @property
+    def named_labels(self) -> bool:
+        """Tell whether the classes have names of their own, not numbers."""
+        return self.labels[1:] != _numbered(self.num_classes)[1:]
+
+
 
 def load_detector(source: str, weights: Path | None, *, seed: int = 0) -> LoadedDetector:
     """Build the detector that `source` names and load `weights` into it.
@@ -238,4 +244,8 @@ def _labels(classes: object, num_classes: int) -> tuple[str, ...]:
             return (BACKGROUND, *classes)
         if len(classes) == num_classes and classes[0].lower() in _BACKGROUND_NAMES:
             return (BACKGROUND, *classes[1:])
+    return _numbered(num_classes)
+
+
+def _numbered(num_classes: int) -> tuple[str, ...]:
     return (BACKGROUND, *(f"class {label}" for label in range(1, num_classes)))

@@ -1,20 +1,16 @@
-"""The quantized reference: the PT2E graph that a detector and its encodings give, bit for bit.
-
-Also the local reference, which answers for one quantized tensor: given the very integers that a runtime
-fed to the layer, which integers should have come out?
-"""
+"""The quantized reference: the PT2E graph that a detector and its encodings give, bit for bit."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qexport.detectors.static import StaticDetector
@@ -50,6 +46,15 @@ class QuantizedDetector:
     """PT2E: quantize and dequantize nodes around float operators, int8 weights, biases on their int32 grid."""
     quantize_nodes: Mapping[str, Node]
     """The quantize node of each activation, by encodings key, in order of execution."""
+
+    def weight_codes(self) -> Iterator[NDArray[np.int8]]:
+        """Yield the int8 weights of every quantized layer, each once."""
+        seen: set[str] = set()
+        for node in self.graph.graph.nodes:
+            if not is_dequantize(node) or node.args[0].op != "get_attr" or node.args[0].target in seen:
+                continue
+            seen.add(node.args[0].target)
+            yield constant_of(self.graph, node.args[0]).numpy()
 
 
 def quantize(static: StaticDetector, encodings: Encodings) -> QuantizedDetector:

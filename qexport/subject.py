@@ -1,0 +1,131 @@
+"""The detector and the images of a run, loaded when they are first needed and then kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.dataset import check_classes, load_dataset, require_boxes, splits_of
+from qexport.errors import DatasetError
+from qexport.files import sha256_file, sha256_json
+from qexport.frames import frame_size, read_sample
+from qexport.samples import Dataset, Sample
+from qexport.settings import Settings
+
+if TYPE_CHECKING:
+    from qexport.detectors.load import LoadedDetector
+    from qexport.detectors.static import StaticDetector
+
+_EVALUATION_SPLITS = ("test", "val", "valid", "validation", "train")
+_CALIBRATION_SPLITS = ("train", "val", "valid", "validation", "test")
+
+
+class Subject:
+    """What a run is about."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def loaded(self) -> LoadedDetector:
+        """The eager detector."""
+        from qexport.detectors.load import load_detector  # noqa: PLC0415 - torch begins here
+
+        weights = self.settings.weights
+        return load_detector(self.settings.model, Path(weights) if weights else None, seed=self.settings.seed)
+
+    @cached_property
+    def static(self) -> StaticDetector:
+        """The static form, for frames of `frame_px`."""
+        from qexport.detectors.static import make_static  # noqa: PLC0415 - torch begins here
+
+        return make_static(
+            self.loaded.module,
+            frame_px=self.frame_px,
+            proposals=self.settings.proposals,
+            detections=self.settings.detections,
+            preprocess=self.settings.preprocess,
+        )
+
+    @cached_property
+    def evaluation(self) -> Dataset:
+        """The split that accuracy and parity are measured on; its classes are those of the detector."""
+        dataset = self._load(self.settings.data, self.settings.split or _first(self.settings.data, _EVALUATION_SPLITS))
+        require_boxes(dataset)
+        check_classes(dataset, self.loaded.num_classes, self.settings.model)
+        return dataset
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """The split that scales are decided on; it needs no boxes."""
+        root = self.settings.calibration_data or self.settings.data
+        return self._load(root, self.settings.calibration_split or _first(root, _CALIBRATION_SPLITS))
+
+    @cached_property
+    def frame_px(self) -> tuple[int, int]:
+        """Height and width of the camera frame."""
+        return self.settings.frame_px or frame_size(self.evaluation)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by label: the dataset's, which the detector was checked against."""
+        return self.evaluation.classes
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Digest of the weights file."""
+        return sha256_file(Path(self.settings.weights)) if self.settings.weights else self.loaded.weights_sha256
+
+    @property
+    def dataset_sha256(self) -> str:
+        """Digest of the images and annotations that the run uses."""
+        return sha256_json([self.evaluation.sha256, self.calibration.sha256])
+
+    def calibration_samples(self) -> list[Sample]:
+        """Return the images to calibrate with, drawn by the seed."""
+        return self._draw(self.calibration, self.settings.calibration_images)
+
+    def parity_samples(self) -> list[Sample]:
+        """Return the images to compare on, drawn by the seed."""
+        return self._draw(self.evaluation, self.settings.parity_images)
+
+    def inputs(self, samples: list[Sample]) -> Iterator[NDArray[np.generic]]:
+        """Yield what the static form takes for each image: the frame, or the normalised image."""
+        from qexport.runtimes.preprocess import normalised_image  # noqa: PLC0415 - beside its only use
+
+        outside = self.settings.preprocess == "outside"
+        for frame in self.frames(samples):
+            yield normalised_image(frame, self.static.spec) if outside else frame
+
+    def frames(self, samples: list[Sample]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the camera frame of each image, one at a time."""
+        for sample in samples:
+            yield read_sample(sample, self.frame_px).pixels
+
+    def _draw(self, dataset: Dataset, count: int) -> list[Sample]:
+        if count < 1:
+            raise DatasetError(f"{count} images asked for; at least one is needed.")
+        chosen = random.Random(self.settings.seed).sample(range(len(dataset.samples)), min(count, len(dataset.samples)))
+        return [dataset.samples[index] for index in sorted(chosen)]
+
+    def _load(self, root: str, split: str | None) -> Dataset:
+        classes = self.settings.classes
+        dataset = load_dataset(Path(root), split, classes=classes)
+        if dataset.format == "voc" and not classes and self.loaded.named_labels:
+            dataset = load_dataset(Path(root), split, classes=self.loaded.labels[1:])
+        return dataset
+
+
+def _first(root: str, preferred: tuple[str, ...]) -> str | None:
+    """Return the split to use where the user named none; None for a folder that has no splits."""
+    present = splits_of(Path(root))
+    for name in (*preferred, *present):
+        if name in present:
+            return name
+    return None
