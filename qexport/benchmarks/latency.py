@@ -109,7 +109,7 @@ def measure_latency(
         layers=build_rows(profile.paths, layers, eager=baselines.get(EAGER), fp32=baselines.get(FP32)),
         profiled_whole_ms=profile.whole_ms,
         accounted_share=profile.accounted_share,
-        gates=(_gate(profile.accounted_share, min_accounted),),
+        gates=(_gate(profile.accounted_share, min_accounted, int8.artifact.target),),
     )
 
 
@@ -373,10 +373,11 @@ def _order_of(found: Sequence[str], layers: Sequence[Layer]) -> Callable[[str], 
     return lambda path: (STAGES.index(stage_of(path)), first.get(path, behind), found.index(path))
 
 
-def _gate(share: float, limit: float) -> Gate:
+def _gate(share: float, limit: float, target: str) -> Gate:
     return Gate(
         name=GATE,
         passed=share >= limit,
         measured=f"{share:.1%}".replace("%", " %"),
         limit=f"at least {limit:.1%}".replace("%", " %"),
+        subject=target,
     )

@@ -1,0 +1,132 @@
+"""What `bench.py` measured, and how it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from qexport.benchmarks.peers import Ratio
+from qexport.layers import STAGES
+from qexport.results import AccuracyReport, Gate, LatencyStats, LayerLatency, Machine
+
+# The first is what accuracy is compared with, so it bears the name that qexport.benchmarks.accuracy expects.
+EAGER, TORCHVISION, RECIPE, OURS = "eager", "torchvision ONNX", "quantize_static", "qexport"
+CONTENDERS = (EAGER, TORCHVISION, RECIPE, OURS)
+
+
+class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All contenders in turns, with one number of threads."""
+
+    threads: int
+    stats: dict[str, LatencyStats]
+    faster_than_eager: dict[str, Ratio]
+    ours_faster_than: dict[str, Ratio]
+    times_ms: dict[str, list[float]]
+    """Every counted run, in order: the n-th of each were timed in the same round."""
+
+
+class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`bench.json`."""
+
+    detector: str
+    frame_px: tuple[int, int]
+    dataset: str
+    frames: int
+    """Frames that the rounds go through."""
+    artifact_sha256: str
+    parity: tuple[Gate, ...]
+    """No latency without it."""
+    machine: Machine
+    turns: tuple[Turns, ...]
+    layers: tuple[tuple[LayerLatency, ...], ...]
+    """The artifact by module path, for each of `turns`."""
+    sizes_bytes: dict[str, int]
+    accuracy: AccuracyReport | None
+
+
+def as_markdown(bench: Bench) -> str:
+    """Return the page that is printed."""
+    machine = bench.machine
+    packages = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    height, width = bench.frame_px
+    parity = ", ".join(
+        f"{gate.name} {'ok' if gate.passed else 'FAILED'} ({gate.measured})" for gate in bench.parity
+    )
+    lines = [
+        f"# {bench.detector}",
+        "",
+        f"{bench.dataset}, {bench.frames} frames of {width}x{height} in turns, frame in to boxes out. "
+        f"{machine.processor}, {machine.cores} cores, {machine.system}. {packages}.",
+        f"Artifact {bench.artifact_sha256[:12]}. Parity: {parity}.",
+    ]
+    for turns, layers in zip(bench.turns, bench.layers, strict=True):
+        lines += ["", *_latency(turns), "", *_stages(turns.threads, layers)]
+    lines += ["", "## Size", ""]
+    sizes = [[name, f"{size / 1e6:.1f}"] for name, size in bench.sizes_bytes.items()]
+    lines += _table(["file", "MB"], sizes)
+    if bench.accuracy is not None:
+        lines += ["", *_accuracy(bench.accuracy)]
+    return "\n".join(lines) + "\n"
+
+
+def _latency(turns: Turns) -> list[str]:
+    rows = []
+    for name in CONTENDERS:
+        stats = turns.stats[name]
+        times = (stats.p50_ms, stats.min_ms, stats.p90_ms, stats.std_ms)
+        ours = "" if name == OURS else _ratio(turns.ours_faster_than[name])
+        rows.append([name, *(f"{time:.1f}" for time in times), _ratio(turns.faster_than_eager[name]), ours])
+    runs = turns.stats[OURS].runs
+    return [
+        f"## Latency, {turns.threads} thread{'s' if turns.threads > 1 else ''}",
+        "",
+        f"{runs} interleaved runs, ms. Ratios of medians with 95 % bootstrap intervals over rounds.",
+        "",
+        *_table(["", "median", "min", "p90", "std", "times eager's speed", "qexport is faster by"], rows),
+    ]
+
+
+def _stages(threads: int, layers: Sequence[LayerLatency]) -> list[str]:
+    whole_ms = sum(row.artifact_ms for row in layers)
+    rows = []
+    for stage in STAGES:
+        stage_ms = sum(row.artifact_ms for row in layers if row.stage == stage)
+        rows.append([stage, f"{stage_ms:.2f}", f"{100 * stage_ms / whole_ms:.1f}"])
+    others = sorted((row for row in layers if row.kind != "convolution"), key=lambda row: -row.artifact_ms)
+    named = ", ".join(f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms)" for row in others[:2])
+    return [
+        f"### Where qexport's time goes, {threads} thread{'s' if threads > 1 else ''}",
+        "",
+        *_table(["stage", "ms", "%"], rows),
+        "",
+        f"The largest that are not convolutions: {named}.",
+    ]
+
+
+def _accuracy(report: AccuracyReport) -> list[str]:
+    rows = []
+    for subject in report.subjects:
+        drop = subject.coco_drop_interval
+        rows.append(
+            [
+                subject.subject,
+                f"{subject.voc_map50:.4f}",
+                f"{subject.coco_map:.4f}",
+                "" if drop is None else f"{drop.low:+.4f} to {drop.high:+.4f}",
+            ]
+        )
+    return [
+        f"## Accuracy, {report.dataset} {report.split}, {report.images} images",
+        "",
+        *_table(["", "VOC mAP at 0.5", "COCO mAP", "COCO mAP less eager's, 95 %"], rows),
+    ]
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
