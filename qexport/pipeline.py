@@ -131,7 +131,7 @@ def start(path: Path, settings: Settings, *, command: str = "", progress: Progre
     """
     subject = Subject(settings)
     record = RunRecord(
-        settings=settings,
+        settings=subject.resolved(),
         weights_sha256=subject.weights_sha256,
         dataset_name=subject.evaluation.name,
         dataset_sha256=subject.dataset_sha256,

@@ -199,14 +199,14 @@ def test_report_failing_latency_gate_leaves_the_rest_of_the_page_alone(run: Path
 @pytest.mark.parametrize(
     ("file", "stage", "command"),
     [
-        ("encodings.json", "calibration", "qexport calibrate --out"),
-        ("accuracy.json", "accuracy", "qexport evaluate --out"),
-        ("detections.json", "detections", "qexport evaluate --out"),
-        ("onnx/artifact.json", "export of onnx", "qexport export --target onnx --out"),
-        ("onnx/parity.json", "parity of onnx", "qexport compare --target onnx --out"),
-        ("onnx/latency.json", "latency of onnx", "qexport profile --target onnx --out"),
-        ("onnx/complexity.json", "complexity of onnx", "qexport export --target onnx --out"),
-        ("onnx/memory.json", "memory of onnx", "qexport profile --target onnx --out"),
+        ("encodings.json", "calibration", "qexport calibrate"),
+        ("accuracy.json", "accuracy", "qexport evaluate"),
+        ("detections.json", "detections", "qexport evaluate"),
+        ("onnx/artifact.json", "export of onnx", "qexport export"),
+        ("onnx/parity.json", "parity of onnx", "qexport compare"),
+        ("onnx/latency.json", "latency of onnx", "qexport bench"),
+        ("onnx/complexity.json", "complexity of onnx", "qexport export"),
+        ("onnx/memory.json", "memory of onnx", "qexport bench"),
     ],
 )
 def test_report_missing_stage_is_named_with_its_command(

@@ -10,7 +10,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 import qexport
 from qexport.artifact import Artifact, TensorSite, describe_file, save_artifact
-from qexport.detectors.fingerprint import fingerprint
 from qexport.encodings import Encodings
 from qexport.files import sha256_json, whole_file
 from qexport.plugins.onnx import nms, normalised_image, roi_align
@@ -67,7 +66,7 @@ def export(
         target="onnx",
         qexport_version=qexport.__version__,
         versions=package_versions("torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime"),
-        detector_sha256=fingerprint(quantized.static),
+        detector_sha256=encodings.detector_sha256,
         encodings_sha256=sha256_json(encodings),
         labels=labels,
         input=quantized.static.spec,

@@ -49,9 +49,9 @@ ACCURACY = Stage("accuracy", "accuracy.json", AccuracyReport, "evaluate")
 DETECTIONS = Stage("detections", "detections.json", DetectionsRecord, "evaluate")
 EXPORT = Stage("export", MANIFEST, Artifact, "export")
 PARITY = Stage("parity", "parity.json", ParityReport, "compare")
-LATENCY = Stage("latency", "latency.json", LatencyProfile, "profile")
+LATENCY = Stage("latency", "latency.json", LatencyProfile, "bench")
 COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
-MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "profile")
+MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
 _TARGET_FILES = frozenset(stage.file for stage in (EXPORT, PARITY, LATENCY, COMPLEXITY, MEMORY))
 
@@ -97,7 +97,7 @@ class _Reader:
         return read_json(path, stage.kind, RunFolderError)
 
     def miss(self, stage: Stage[_T], target: str, why: str) -> None:
-        words = ["qexport", stage.command, *(["--target", target] if target else []), "--out", str(self.run)]
+        words = ["qexport", stage.command, str(self.run), *(["--target", target] if target else [])]
         self.missing.append(
             MissingStage(stage=stage.name, target=target, file=stage.file, why=why, command=shlex.join(words))
         )

@@ -127,8 +127,11 @@ def _measured(values: Iterable[float | None]) -> list[float]:
 
 
 def reconcile(profile: LatencyProfile) -> Reconciliation:
-    """Return the sum of the layers against the profiled whole, with the unexplained rest."""
-    layers_ms = sum(layer.artifact_ms for layer in profile.layers)
+    """Return the sum of the layers against the profiled whole, with the unexplained rest.
+
+    The share is taken run by run and its median shown: medians of layers do not add up on a busy machine.
+    """
+    layers_ms = profile.accounted_share * profile.profiled_whole_ms
     return Reconciliation(
         layers_ms=layers_ms,
         whole_ms=profile.profiled_whole_ms,
