@@ -1,4 +1,4 @@
-"""The three operators of a two-stage detector that every runtime has in a form of its own.
+"""The operators of a two-stage detector that every runtime has in a form of its own.
 
 They stay whole in the exported graph, so that each target lowers them as it is fastest there. Run in
 PyTorch they are torchvision's own code, hence bit-identical to the eager detector.
@@ -91,7 +91,7 @@ def batched_nms_mask(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold
 
     Args:
         boxes: (G, N, 4) float32, xyxy; a group is a pyramid level or a class.
-        scores: (G, N) float32, above zero where valid.
+        scores: (G, N) float32, not negative where valid.
         valid: (G, N) bool; an invalid box neither survives nor suppresses.
         iou_threshold: a box that overlaps a better one by more than this is suppressed.
 
@@ -108,6 +108,29 @@ def batched_nms_mask(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold
 @batched_nms_mask.register_fake
 def _(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
     return torch.empty_like(valid)
+
+
+@torch.library.custom_op("qexport::best_scores", mutates_args=())
+def best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the best scores and where they stand, best first; of equal ones the earlier first.
+
+    torchvision ranks what NMS left by a stable sort; `torch.topk` promises no order of equal scores, and
+    scores that a sigmoid or an int8 tensor saturated are equal by the dozen.
+
+    Args:
+        scores: (N,) float32.
+        count: how many, at most N.
+
+    Returns:
+        Scores, (count,) float32, and indices, (count,) int64.
+    """
+    ranked, index = scores.sort(stable=True, descending=True)
+    return ranked[:count].clone(), index[:count].clone()
+
+
+@best_scores.register_fake
+def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(count), scores.new_empty(count, dtype=torch.int64)
 
 
 def level_range(scales: list[float]) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class StaticOutput(NamedTuple):
     """(D,) float32, descending; zero from `count` on."""
     labels: Tensor
     """(D,) int64; zero from `count` on."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks for
     """() int64: how many rows are detections."""
 
 
@@ -62,13 +62,19 @@ class Preprocess(nn.Module):
 class Proposals(nn.Module):
     """RPN outputs to a fixed number of proposals: torchvision's filter_proposals with static shapes."""
 
-    def __init__(self, detector: GeneralizedRCNN, spec: InputSpec, features: list[Tensor], count: int) -> None:
+    def __init__(
+        self, detector: GeneralizedRCNN, spec: InputSpec, features: list[Tensor], count: int
+    ) -> None:
         super().__init__()
         rpn = detector.rpn
         per_location = rpn.anchor_generator.num_anchors_per_location()
         self.box_coder = rpn.box_coder
         self.image_px = (spec.resized_height_px, spec.resized_width_px)
-        self.min_size, self.score_threshold, self.iou_threshold = rpn.min_size, rpn.score_thresh, rpn.nms_thresh
+        self.min_size, self.score_threshold, self.iou_threshold = (
+            rpn.min_size,
+            rpn.score_thresh,
+            rpn.nms_thresh,
+        )
         self.per_level = [
             per_cell * feature.shape[-2] * feature.shape[-1]
             for per_cell, feature in zip(per_location, features, strict=True)
@@ -96,7 +102,7 @@ class Proposals(nn.Module):
         score = torch.stack(best_logits).sigmoid()
         valid = _large_enough(box, self.min_size) & (score >= self.score_threshold)
         kept = operators.batched_nms_mask(box, score, valid, self.iou_threshold)
-        ranked, index = torch.where(kept, score, -1.0).flatten().topk(self.count)
+        ranked, index = operators.best_scores(torch.where(kept, score, -1.0).flatten(), self.count)
         real = ranked >= 0
         return box.reshape(-1, 4).index_select(0, index) * real[:, None], real
 
@@ -130,6 +136,8 @@ class SelectDetections(nn.Module):
     """Class logits and box deltas to detections: torchvision's postprocess_detections with static shapes."""
 
     frame_ratio: Tensor
+    is_object: Tensor
+    """(C,) bool, false for the background."""
 
     def __init__(self, detector: GeneralizedRCNN, spec: InputSpec, count: int) -> None:
         super().__init__()
@@ -144,19 +152,28 @@ class SelectDetections(nn.Module):
         )
         ratio = torch.stack([width, height, width, height])
         self.register_buffer("frame_ratio", ratio, persistent=False)
+        classes = torch.arange(heads.box_predictor.cls_score.out_features)
+        self.register_buffer("is_object", classes > 0, persistent=False)
 
     def forward(self, logits: Tensor, deltas: Tensor, proposals: Tensor, real: Tensor) -> StaticOutput:
         """Select the detections of one frame; shapes as in StaticOutput."""
         number, classes = logits.shape
         decoded = self.box_coder.decode_single(deltas, proposals).reshape(number, classes, 4)
-        boxes = clip_boxes(decoded, self.image_px).permute(1, 0, 2)[1:]
-        scores = logits.softmax(-1).permute(1, 0)[1:]
-        valid = (scores > self.score_threshold) & real & _large_enough(boxes, DETECTION_MIN_SIZE_PX)
-        kept = operators.batched_nms_mask(boxes, scores, valid, self.iou_threshold)
+        boxes = clip_boxes(decoded, self.image_px)
+        scores = logits.softmax(-1)
+        valid = (scores > self.score_threshold) & real[:, None] & _large_enough(boxes, DETECTION_MIN_SIZE_PX)
+        # The background stays, though nothing of it is valid: torchvision shifts boxes by their label before
+        # NMS, and only the same shift rounds the same. Equal scores rank by proposal first, as torchvision's.
+        kept = operators.batched_nms_mask(
+            boxes.permute(1, 0, 2),
+            scores.permute(1, 0),
+            (valid & self.is_object).permute(1, 0),
+            self.iou_threshold,
+        )
         count = min(self.count, number * (classes - 1))
-        ranked, index = torch.where(kept, scores, -1.0).flatten().topk(count)
+        ranked, index = operators.best_scores(torch.where(kept.permute(1, 0), scores, -1.0).flatten(), count)
         found = ranked >= 0
-        labels = torch.div(index, number, rounding_mode="floor") + 1
+        labels = index % classes
         return StaticOutput(
             boxes.reshape(-1, 4).index_select(0, index) * self.frame_ratio * found[:, None],
             ranked * found,
@@ -211,12 +228,10 @@ class StaticDetector(nn.Module):
         return self.roi_heads.detections(logits, deltas, proposals, real)  # type: ignore[operator, no-any-return]
 
 
-class StridedLastLevel(ExtraFPNBlock):
+class StridedLastLevel(ExtraFPNBlock):  # type: ignore[misc]  # torchvision has no types
     """torchvision's LastLevelMaxPool without the 1x1 max-pool, which several runtimes cannot run: equal values."""
 
-    def forward(
-        self, x: list[Tensor], y: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, x: list[Tensor], y: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """Append the last map at half its resolution, under the name `pool`."""
         return [*x, x[-1][:, :, ::2, ::2]], [*names, "pool"]
 
@@ -246,7 +261,7 @@ def make_static(
         if isinstance(getattr(module, "inplace", None), bool):
             module.inplace = False
     fpn = getattr(own.backbone, "fpn", None)
-    if isinstance(getattr(fpn, "extra_blocks", None), LastLevelMaxPool):
+    if fpn is not None and isinstance(fpn.extra_blocks, LastLevelMaxPool):
         fpn.extra_blocks = StridedLastLevel()
     with torch.no_grad():
         try:
@@ -285,11 +300,15 @@ def _per_anchor(head_output: Tensor, values: int) -> Tensor:
     return split.permute(2, 3, 0, 1).reshape(-1, values)
 
 
-def _input_spec(detector: GeneralizedRCNN, frame_px: tuple[int, int], preprocess: PreprocessPlace) -> InputSpec:
+def _input_spec(
+    detector: GeneralizedRCNN, frame_px: tuple[int, int], preprocess: PreprocessPlace
+) -> InputSpec:
     transform = detector.transform
     images, _ = transform([torch.zeros(3, *frame_px)])
     resized, padded = images.image_sizes[0], images.tensors.shape[-2:]
-    mean, std = (tuple(float(value) for value in values) for values in (transform.image_mean, transform.image_std))
+    mean, std = (
+        tuple(float(value) for value in values) for values in (transform.image_mean, transform.image_std)
+    )
     return InputSpec(
         frame_height_px=frame_px[0],
         frame_width_px=frame_px[1],

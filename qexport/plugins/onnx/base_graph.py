@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from qexport.detectors.static import StaticOutput
 from qexport.errors import ExportError, UnsupportedOperator
 from qexport.plugins.onnx.builder import scalar_of
+from qexport.plugins.onnx.global_average_pool import use_global_average_pool
 from qexport.plugins.onnx.names import mark_paths
 from qexport.plugins.onnx.placeholders import ROI_ALIGN, translation_table
 from qexport.quantization.graph import is_quantize, site_of
@@ -76,6 +77,7 @@ def export_base_graph(
         for node in exported.exported_program.graph.nodes
     }
     mark_paths(model, sites)
+    use_global_average_pool(model)
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     found = [scalar_of(node.inputs[1]) for node in quantizers]
     wanted = [float(np.float32(scale)) for _, scale in keys_in_order]

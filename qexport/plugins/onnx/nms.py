@@ -13,7 +13,7 @@ def lower(node: ir.Node) -> None:
     build = Builder(node)
     boxes, scores, valid = node.inputs
     assert scores is not None and scores.shape is not None
-    groups, number = int(scores.shape[0]), int(scores.shape[1])  # type: ignore[arg-type]
+    groups, number = int(scores.shape[0]), int(scores.shape[1])
     ranked = build.op("Where", [valid, scores, build.constant(-1.0, np.float32)])
     ranked = build.op("Unsqueeze", [ranked, build.constant([1], np.int64)])
     kept = build.op(
@@ -23,8 +23,8 @@ def lower(node: ir.Node) -> None:
             ranked,
             build.constant([number], np.int64),
             build.constant([node.attributes["iou_threshold"].as_float()], np.float32),
-            # Exclusive: invalid boxes, at -1, take no part. A valid score is above zero by construction.
-            build.constant([0.0], np.float32),
+            # Exclusive: invalid boxes, at -1, take no part; a valid score may be zero.
+            build.constant([-0.5], np.float32),
         ],
     )
     where = build.op("Gather", [kept, build.constant([0, 2], np.int64)], axis=1)

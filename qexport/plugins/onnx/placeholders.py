@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from onnx.defs import OpSchema
-from onnxscript import values
+from onnxscript import opset18, values
 
 from qexport.detectors import operators  # noqa: F401 - registers torch.ops.qexport
 
@@ -99,10 +99,16 @@ def _translate_nms_mask(boxes: Any, scores: Any, valid: Any, iou_threshold: floa
     return _nms_mask(boxes, scores, valid, iou_threshold=iou_threshold)
 
 
+def _translate_best_scores(scores: Any, count: int) -> Any:
+    # Of equal values, ONNX's TopK takes the one with the lower index first.
+    return opset18.TopK(scores, opset18.Constant(value_ints=[count]), axis=0, largest=1, sorted=1)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what `torch.onnx.export` takes as `custom_translation_table`."""
     return {
         torch.ops.qexport.normalised_image.default: _translate_image,
         torch.ops.qexport.multiscale_roi_align.default: _translate_roi_align,
         torch.ops.qexport.batched_nms_mask.default: _translate_nms_mask,
+        torch.ops.qexport.best_scores.default: _translate_best_scores,
     }

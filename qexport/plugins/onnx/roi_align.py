@@ -47,7 +47,7 @@ class RoiAlignSpec:
     def of(cls, node: ir.Node) -> RoiAlignSpec:
         """Read the placeholder's attributes and shapes."""
         boxes, features = node.inputs[0], node.inputs[1:]
-        shapes = [tuple(int(size) for size in value.shape) for value in (boxes, *features)]  # type: ignore
+        shapes = [tuple(int(size) for size in value.shape) for value in (boxes, *features)]
         attributes = node.attributes
         height, width = attributes["output_size"].as_ints()
         return cls(
@@ -90,8 +90,10 @@ def level_of(build: Builder, boxes: ir.Value, spec: RoiAlignSpec) -> ir.Value:
 def lower_to_atlas(node: ir.Node) -> None:
     """Replace a placeholder by one RoiAlign over all levels laid out in one map.
 
-    The finest level stands above the others, which stand side by side; each has one replicated row and column
-    after it, which is what RoiAlign's clamping at the border of a level reads.
+    The finest level stands above the others, which stand side by side; each has two replicated rows and columns
+    after it, which is what RoiAlign's clamping at the border of a level reads. A box less than a cell long is
+    sampled over a whole cell and so may leave its level; what lies outside counts as zero in RoiAlign, which
+    the share of each bin's samples that lie inside makes good: they all read the same last row.
     """
     spec = RoiAlignSpec.of(node)
     build = Builder(node)
@@ -101,9 +103,9 @@ def lower_to_atlas(node: ir.Node) -> None:
         scaled = build.op("Mul", [boxes, build.constant(spec.scales[0], np.float32)])
         build.replace_with(_roi_align(build, features[0], scaled, spec))
         return
-    edge = build.constant([0, 0, 0, 0, 0, 0, 1, 1], np.int64)
+    edge = build.constant([0, 0, 0, 0, 0, 0, 2, 2], np.int64)
     padded = [build.op("Pad", [feature, edge], mode="edge") for feature in features]
-    sizes = [LevelSize(level.height + 1, level.width + 1) for level in spec.levels]
+    sizes = [LevelSize(level.height + 2, level.width + 2) for level in spec.levels]
     row_height = max(size.height for size in sizes[1:])
     width = max(sizes[0].width, sum(size.width for size in sizes[1:]))
     offsets = [(0, 0)]
@@ -118,7 +120,11 @@ def lower_to_atlas(node: ir.Node) -> None:
     scale = build.op("Gather", [build.constant([[s] for s in spec.scales], np.float32), level])
     shift = build.op("Gather", [build.constant([offset * 2 for offset in offsets], np.float32), level])
     placed = build.op("Add", [build.op("Mul", [boxes, scale]), shift])
-    build.replace_with(_roi_align(build, atlas, placed, spec))
+    pooled = _roi_align(build, atlas, placed, spec)
+    sampler = _Sampler(build, boxes, level, spec)
+    for axis in (0, 1):
+        pooled = build.op("Mul", [pooled, sampler.share_inside(axis)])
+    build.replace_with(pooled)
 
 
 class QuantizedFeature(NamedTuple):
@@ -128,9 +134,7 @@ class QuantizedFeature(NamedTuple):
     scale: float
 
 
-def lower_to_int8_gather(
-    node: ir.Node, features: list[QuantizedFeature], output_scale: float
-) -> ir.Value:
+def lower_to_int8_gather(node: ir.Node, features: list[QuantizedFeature], output_scale: float) -> ir.Value:
     """Write the integer form before a placeholder, and return its result.
 
     Args:
@@ -150,14 +154,16 @@ def lower_to_int8_gather(
     rows = [
         build.op(
             "Reshape",
-            [build.op("Transpose", [feature.value], perm=[0, 2, 3, 1]), build.constant([-1, spec.channels], np.int64)],
+            [
+                build.op("Transpose", [feature.value], perm=[0, 2, 3, 1]),
+                build.constant([-1, spec.channels], np.int64),
+            ],
         )
         for feature in features
     ]
     table = build.op("Concat", rows, axis=0) if len(rows) > 1 else rows[0]
     sampler = _Sampler(build, boxes, level, spec)
-    x = sampler.axis(0, [size.width for size in spec.levels])
-    y = sampler.axis(1, [size.height for size in spec.levels])
+    x, y = sampler.axis(0), sampler.axis(1)
     index = sampler.index(x, y)
     pooled_h, pooled_w = spec.output_size
     taps = 2 * spec.sampling_ratio
@@ -173,7 +179,9 @@ def lower_to_int8_gather(
     for start in range(0, spec.proposals, chunk):
         count = min(chunk, spec.proposals - start)
         right = build.op("Gather", [table, _rows(build, index, start, count)], axis=0)
-        right = build.op("Reshape", [right, build.constant([count * pooled_h, inner, spec.channels], np.int64)])
+        right = build.op(
+            "Reshape", [right, build.constant([count * pooled_h, inner, spec.channels], np.int64)]
+        )
         left = _rows(build, weights, start * pooled_h, count * pooled_h)
         pooled.append(
             build.op("QLinearMatMul", [left, weight_scale, no_offset, right, *right_params, *result_params])
@@ -189,7 +197,10 @@ class _Axis(NamedTuple):
 
 
 class _Sampler:
-    """Positions and weights of RoIAlign's bilinear samples (torchvision's roi_align, `aligned=False`)."""
+    """Positions and weights of RoIAlign's bilinear samples (torchvision's roi_align, `aligned=False`).
+
+    Axis 0 is x, axis 1 is y. Boxes lie within the image, hence no sample before the first row or column.
+    """
 
     def __init__(self, build: Builder, boxes: ir.Value, level: ir.Value, spec: RoiAlignSpec) -> None:
         self._build, self._spec, self._level = build, spec, level
@@ -203,20 +214,47 @@ class _Sampler:
         column = np.asarray(values).reshape(-1, 1)
         return self._build.op("Gather", [self._build.constant(column, dtype), self._level], axis=0)
 
-    def axis(self, axis: int, sizes: list[int]) -> _Axis:
-        """Return neighbours and weights of the samples along x (0) or y (1)."""
-        build, spec = self._build, self._spec
-        bins = spec.output_size[1 - axis]
-        samples = bins * spec.sampling_ratio
-        start, end = (build.op("Gather", [self._boxes, build.constant([axis + 2 * k], np.int64)], axis=1) for k in (0, 1))
+    def _samples(self, axis: int) -> int:
+        return self._spec.output_size[1 - axis] * max(self._spec.sampling_ratio, 1)
+
+    def _sizes(self, axis: int) -> list[int]:
+        return [level[1 - axis] for level in self._spec.levels]
+
+    def _positions(self, axis: int) -> tuple[ir.Value, ir.Value]:
+        """Return where the samples lie, (R, samples), and 1 for those on the level, 0 for those beyond it."""
+        build, samples = self._build, self._samples(axis)
+        start, end = (
+            build.op("Gather", [self._boxes, build.constant([axis + 2 * k], np.int64)], axis=1)
+            for k in (0, 1)
+        )
         length = build.op("Max", [build.op("Sub", [end, start]), build.constant(1.0, np.float32)])
         centres = (np.arange(samples, dtype=np.float32) + 0.5) / samples
-        position = build.op("Add", [start, build.op("Mul", [length, build.constant(centres[None], np.float32)])])
-        last = self._per_level([size - 1 for size in sizes], np.float32)
+        position = build.op(
+            "Add", [start, build.op("Mul", [length, build.constant(centres[None], np.float32)])]
+        )
+        inside = build.op("LessOrEqual", [position, self._per_level(self._sizes(axis), np.float32)])
+        return position, build.op("Cast", [inside], to=ir.DataType.FLOAT)
+
+    def share_inside(self, axis: int) -> ir.Value:
+        """Return the share of each bin's samples that lie on the level, in a shape that broadcasts to the result."""
+        build, bins = self._build, self._spec.output_size[1 - axis]
+        _, inside = self._positions(axis)
+        per_bin = self._samples(axis) // bins
+        split = build.constant([self._spec.proposals, 1, bins, per_bin], np.int64)
+        share = build.op(
+            "ReduceMean", [build.op("Reshape", [inside, split]), build.constant([3], np.int64)], keepdims=1
+        )
+        return share if axis else build.op("Transpose", [share], perm=[0, 1, 3, 2])
+
+    def axis(self, axis: int) -> _Axis:
+        """Return neighbours and weights of the samples along x (0) or y (1)."""
+        build, samples = self._build, self._samples(axis)
+        position, inside = self._positions(axis)
+        last = self._per_level([size - 1 for size in self._sizes(axis)], np.float32)
         position = build.op("Max", [build.op("Min", [position, last]), build.constant(0.0, np.float32)])
         low = build.op("Floor", [position])
-        high_weight = build.op("Sub", [position, low])
-        low_weight = build.op("Sub", [build.constant(1.0, np.float32), high_weight])
+        high_weight = build.op("Mul", [build.op("Sub", [position, low]), inside])
+        low_weight = build.op("Sub", [inside, high_weight])
         high = build.op("Min", [build.op("Add", [low, build.constant(1.0, np.float32)]), last])
         index = build.op("Cast", [self._interleave(low, high, samples)], to=ir.DataType.INT32)
         return _Axis(index, self._interleave(low_weight, high_weight, samples))
@@ -257,10 +295,15 @@ class _Sampler:
             own[0, column, taps * column : taps * (column + 1)] = 1 / spec.sampling_ratio**2
         along_x = build.op(
             "Mul",
-            [build.op("Unsqueeze", [x.weight, build.constant([1], np.int64)]), build.constant(own, np.float32)],
+            [
+                build.op("Unsqueeze", [x.weight, build.constant([1], np.int64)]),
+                build.constant(own, np.float32),
+            ],
         )
         along_y = build.op("Mul", [y.weight, self._per_level(relative, np.float32)])
-        along_y = build.op("Reshape", [along_y, build.constant([spec.proposals, pooled_h, 1, taps, 1], np.int64)])
+        along_y = build.op(
+            "Reshape", [along_y, build.constant([spec.proposals, pooled_h, 1, taps, 1], np.int64)]
+        )
         along_x = build.op(
             "Reshape", [along_x, build.constant([spec.proposals, 1, pooled_w, 1, taps * pooled_w], np.int64)]
         )
