@@ -141,8 +141,8 @@ def load_artifact(path: Path) -> tuple[Artifact, Path]:
     artifact = read_json(folder / MANIFEST, Artifact, ArtifactError)
     if artifact.format_version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{folder / MANIFEST}: artifact of format {artifact.format_version}, this qexport reads {FORMAT_VERSION}. "
-            "Export again with this version."
+            f"{folder / MANIFEST}: artifact of format {artifact.format_version}, "
+            f"this qexport reads {FORMAT_VERSION}. Export again with this version."
         )
     for file in artifact.files:
         found = folder / file.name
@@ -150,6 +150,7 @@ def load_artifact(path: Path) -> tuple[Artifact, Path]:
             raise ArtifactError(f"{found}: the artifact's {file.role} file is missing. Export again.")
         if sha256_file(found) != file.sha256:
             raise ArtifactError(
-                f"{found}: changed after export (SHA-256 differs from {MANIFEST}). Export again, or restore the file."
+                f"{found}: changed after export (its SHA-256 is not the one in {MANIFEST}). "
+                "Export again, or restore the file."
             )
     return artifact, folder

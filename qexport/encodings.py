@@ -110,22 +110,24 @@ def load_encodings(path: Path) -> Encodings:
     encodings = read_json(path, Encodings, EncodingsError)
     if encodings.format_version != FORMAT_VERSION:
         raise EncodingsError(
-            f"{path}: encodings of format {encodings.format_version}, this qexport reads format {FORMAT_VERSION}. "
-            "Calibrate again with this version."
+            f"{path}: encodings of format {encodings.format_version}, "
+            f"this qexport reads format {FORMAT_VERSION}. Calibrate again with this version."
         )
     for row in encodings.rows:
         bad = [scale for scale in row.params.scale if not (math.isfinite(scale) and scale > 0)]
         if bad or not row.params.scale:
             raise EncodingsError(
-                f"{path}: row {row.key} has scale {bad[0] if bad else 'missing'}; a scale is finite and above zero. "
-                "Calibrate again, or keep the layer in float with --keep-float."
+                f"{path}: row {row.key} has scale {bad[0] if bad else 'missing'}; a scale is finite and "
+                "above zero. Calibrate again, or keep the layer in float with --keep-float."
             )
         if row.params.zero_point != 0:
-            raise EncodingsError(f"{path}: row {row.key} has zero point {row.params.zero_point}; the scheme has 0.")
+            raise EncodingsError(
+                f"{path}: row {row.key} has zero point {row.params.zero_point}; the scheme has 0."
+            )
     found = digest_of_rows(encodings.rows, encodings.float_rows)
     if found != encodings.rows_sha256:
         raise EncodingsError(
-            f"{path}: the rows were edited after calibration (digest {found[:12]}, written {encodings.rows_sha256[:12]}). "
-            "Calibrate again; to leave a layer in float use --keep-float."
+            f"{path}: the rows were edited after calibration (digest {found[:12]}, "
+            f"written {encodings.rows_sha256[:12]}). Calibrate again; to leave a layer in float use --keep-float."
         )
     return encodings

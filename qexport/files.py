@@ -93,4 +93,5 @@ def sha256_json(value: object) -> str:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be written: {error.strerror or error}. Free the disk or choose another folder with --out."
+    reason = error.strerror or error
+    return f"{path}: cannot be written: {reason}. Free the disk or choose another folder with --out."

@@ -6,9 +6,7 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal[
-    "preprocess", "trunk", "fpn", "rpn_head", "proposals", "roi_align", "box_head", "detections"
-]
+Stage = Literal["preprocess", "trunk", "fpn", "rpn_head", "proposals", "roi_align", "box_head", "detections"]
 STAGES: tuple[Stage, ...] = (
     "preprocess",
     "trunk",

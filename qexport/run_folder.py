@@ -2,7 +2,8 @@
 
     RUN/run.json               settings, versions, the exact command
     RUN/stages/STAGE.json      digests of what a finished stage read and wrote
-    RUN/detector.json  encodings.json  detections.*.json  accuracy.json
+    RUN/detector.json  encodings.json  detections.json  accuracy.json
+    RUN/detections/...         what each subject detected
     RUN/TARGET/...             artifact, parity, latency, complexity, memory
     RUN/report.html ...        the report
 
@@ -59,12 +60,16 @@ class RunFolder:
 
         Args:
             name: of the stage, `export.onnx`.
-            inputs: everything that decides the result, digests of files among them.
+            inputs: everything that decides the result, digests of files among them; the versions of the
+                packages are added.
             outputs: files that the stage writes, within the run folder.
             work: writes them, each whole or not at all.
+
+        Raises:
+            RunFolderError: one of the outputs was edited since: it is not overwritten.
         """
-        record_path = self.path / STAGES / f"{name}.json"
-        digest = sha256_json(inputs)
+        record_path = self._record_path(name)
+        digest = sha256_json([self.record.qexport_version, self.record.versions, inputs])
         if self._is_complete(record_path, digest, outputs):
             return False
         record_path.unlink(missing_ok=True)
@@ -74,6 +79,10 @@ class RunFolder:
         seconds = round(time.perf_counter() - started, 3)
         write_json(record_path, StageRecord(inputs_sha256=digest, outputs=written, seconds=seconds))
         return True
+
+    def forget(self, name: str) -> None:
+        """Let a stage run again, complete or not."""
+        self._record_path(name).unlink(missing_ok=True)
 
     def require(self, name: str, command: str) -> Path:
         """Return a file that an earlier stage wrote.
@@ -91,15 +100,24 @@ class RunFolder:
         path = self.path / name
         return sha256_file(path) if path.is_file() else ""
 
+    def _record_path(self, name: str) -> Path:
+        return self.path / STAGES / f"{name}.json"
+
     def _is_complete(self, record_path: Path, digest: str, outputs: Sequence[str]) -> bool:
         if not record_path.is_file():
             return False
         record = read_json(record_path, StageRecord, RunFolderError)
-        return (
-            record.inputs_sha256 == digest
-            and set(record.outputs) == set(outputs)
-            and all(self.digest(output) == record.outputs[output] for output in outputs)
-        )
+        if record.inputs_sha256 != digest or set(record.outputs) != set(outputs):
+            return False
+        for output in outputs:
+            found = self.digest(output)
+            # The record is written last and removed first, so no interrupted run leaves this behind.
+            if found and found != record.outputs[output]:
+                raise RunFolderError(
+                    f"{self.path / output} was changed after stage {record_path.stem} wrote it. "
+                    "Put the original back, or delete the file to have it made again."
+                )
+        return all(self.digest(output) for output in outputs)
 
 
 def create_run(path: Path, record: RunRecord) -> RunFolder:
@@ -108,9 +126,7 @@ def create_run(path: Path, record: RunRecord) -> RunFolder:
     Raises:
         RunFolderError: it is a file, is not writable, holds something else, or another run.
     """
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file; --out takes a folder. Choose another.")
-    if (path / RUN_FILE).is_file():
+    if holds_run(path):
         run = open_run(path)
         changed = _differences(run.record, record)
         if changed:
@@ -120,15 +136,32 @@ def create_run(path: Path, record: RunRecord) -> RunFolder:
             )
         return run
     try:
-        others = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        others = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error.strerror}. Choose another --out.") from error
+    # What a run leaves that was killed while it wrote its very first file.
+    others = [name for name in others if not (name.startswith(f".{RUN_FILE}.") and name.endswith(".part"))]
     if others:
         raise RunFolderError(
             f"{path} holds something that is not a run of qexport ({others[0]}). Choose another --out."
         )
     write_json(path / RUN_FILE, record)
+    _remove_partial_files(path)
     return RunFolder(path, record)
+
+
+def holds_run(path: Path) -> bool:
+    """Say whether a folder holds a run.
+
+    Raises:
+        RunFolderError: it is a file, or what leads to it cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"{path} is a file; a run takes a folder. Choose another.")
+        return (path / RUN_FILE).is_file()
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}. Choose another folder.") from error
 
 
 def open_run(path: Path) -> RunFolder:
@@ -137,28 +170,37 @@ def open_run(path: Path) -> RunFolder:
     Raises:
         RunFolderError: it is not there or holds no run.
     """
-    if not (path / RUN_FILE).is_file():
-        raise RunFolderError(f"{path} holds no run of qexport: no {RUN_FILE}. Make one with `qexport run` or `inspect`.")
+    if not holds_run(path):
+        raise RunFolderError(
+            f"{path} holds no run of qexport: no {RUN_FILE}. Make one with `qexport run` or `qexport inspect`."
+        )
     record = read_json(path / RUN_FILE, RunRecord, RunFolderError)
-    for partial in path.rglob(".*.part"):
-        partial.unlink(missing_ok=True)
+    _remove_partial_files(path)
     return RunFolder(path, record)
 
 
-def change_settings(run: RunFolder, **changes: object) -> RunFolder:
-    """Rewrite a run's settings; stages that depend on what changed are no longer complete."""
-    settings = msgspec.structs.replace(run.settings, **changes)
-    if settings == run.settings:
+def change_record(run: RunFolder, record: RunRecord) -> RunFolder:
+    """Rewrite a run's record; stages that depend on what changed are no longer complete."""
+    if record == run.record:
         return run
-    record = msgspec.structs.replace(run.record, settings=settings)
     write_json(run.path / RUN_FILE, record)
     return RunFolder(run.path, record)
 
 
+def _remove_partial_files(path: Path) -> None:
+    for partial in path.rglob(".*.part"):
+        partial.unlink(missing_ok=True)
+
+
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     before, after = (msgspec.to_builtins(record.settings) for record in (old, new))
-    names = [f"{name} ({before[name]!r} there, {after[name]!r} asked)" for name in after if before[name] != after[name]]
-    for name in ("weights_sha256", "dataset_sha256"):
-        if getattr(old, name) != getattr(new, name):
-            names.append(f"{name.removesuffix('_sha256')} (the files changed)")
+    names = [
+        f"{name} ({before[name]!r} there, {after[name]!r} asked)"
+        for name in after
+        if before[name] != after[name]
+    ]
+    if old.weights_sha256 != new.weights_sha256:
+        names.append("weights (the file changed)")
+    if old.dataset_sha256 != new.dataset_sha256:
+        names.append("data (images or annotations changed)")
     return names

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from qexport.dataset import check_classes, load_dataset, require_boxes, splits_of
 from qexport.errors import DatasetError
-from qexport.files import sha256_file, sha256_json
+from qexport.files import sha256_json
 from qexport.frames import frame_size, read_sample
+from qexport.layers import Layer
+from qexport.runtimes.preprocess import normalised_image
 from qexport.samples import Dataset, Sample
 from qexport.settings import Settings
 
@@ -33,22 +34,15 @@ class Subject:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def resolved(self) -> Settings:
-        """Return the settings with what was left open decided: the splits and the frame's size."""
-        return msgspec.structs.replace(
-            self.settings,
-            split=self.evaluation.split,
-            calibration_split=self.calibration.split,
-            frame_px=self.frame_px,
-        )
-
     @cached_property
     def loaded(self) -> LoadedDetector:
         """The eager detector."""
         from qexport.detectors.load import load_detector  # noqa: PLC0415 - torch begins here
 
         weights = self.settings.weights
-        return load_detector(self.settings.model, Path(weights) if weights else None, seed=self.settings.seed)
+        return load_detector(
+            self.settings.model, Path(weights) if weights else None, seed=self.settings.seed
+        )
 
     @cached_property
     def static(self) -> StaticDetector:
@@ -64,9 +58,17 @@ class Subject:
         )
 
     @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of the static form, and what will become of each."""
+        from qexport.quantization.inspection import inspect_layers  # noqa: PLC0415 - torch begins here
+
+        return inspect_layers(self.static, keep_float=self.settings.keep_float)
+
+    @cached_property
     def evaluation(self) -> Dataset:
         """The split that accuracy and parity are measured on; its classes are those of the detector."""
-        dataset = self._load(self.settings.data, self.settings.split or _first(self.settings.data, _EVALUATION_SPLITS))
+        root, split = self.settings.data, self.settings.split
+        dataset = self._load(root, split or _first(root, _EVALUATION_SPLITS))
         require_boxes(dataset)
         check_classes(dataset, self.loaded.num_classes, self.settings.model)
         return dataset
@@ -74,8 +76,8 @@ class Subject:
     @cached_property
     def calibration(self) -> Dataset:
         """The split that scales are decided on; it needs no boxes."""
-        root = self.settings.calibration_data or self.settings.data
-        return self._load(root, self.settings.calibration_split or _first(root, _CALIBRATION_SPLITS))
+        root, split = self.settings.calibration_data or self.settings.data, self.settings.calibration_split
+        return self._load(root, split or _first(root, _CALIBRATION_SPLITS))
 
     @cached_property
     def frame_px(self) -> tuple[int, int]:
@@ -86,11 +88,6 @@ class Subject:
     def labels(self) -> tuple[str, ...]:
         """Class names by label: the dataset's, which the detector was checked against."""
         return self.evaluation.classes
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Digest of the weights file."""
-        return sha256_file(Path(self.settings.weights)) if self.settings.weights else self.loaded.weights_sha256
 
     @property
     def dataset_sha256(self) -> str:
@@ -105,10 +102,22 @@ class Subject:
         """Return the images to compare on, drawn by the seed."""
         return self._draw(self.evaluation, self.settings.parity_images)
 
+    def used_samples(self) -> list[Sample]:
+        """Return every image that the stages will read, each once."""
+        samples = (*self.calibration_samples(), *self.evaluation.samples)
+        return list({sample.path: sample for sample in samples}.values())
+
+    def read_all(self, on_image: Callable[[], None]) -> None:
+        """Read every image that the stages will read.
+
+        Raises:
+            DatasetError: one cannot be read, or its size is not the one that its boxes refer to.
+        """
+        for _ in self.frames(self.used_samples()):
+            on_image()
+
     def inputs(self, samples: list[Sample]) -> Iterator[NDArray[np.generic]]:
         """Yield what the static form takes for each image: the frame, or the normalised image."""
-        from qexport.runtimes.preprocess import normalised_image  # noqa: PLC0415 - beside its only use
-
         outside = self.settings.preprocess == "outside"
         for frame in self.frames(samples):
             yield normalised_image(frame, self.static.spec) if outside else frame
@@ -121,7 +130,8 @@ class Subject:
     def _draw(self, dataset: Dataset, count: int) -> list[Sample]:
         if count < 1:
             raise DatasetError(f"{count} images asked for; at least one is needed.")
-        chosen = random.Random(self.settings.seed).sample(range(len(dataset.samples)), min(count, len(dataset.samples)))
+        there = len(dataset.samples)
+        chosen = random.Random(self.settings.seed).sample(range(there), min(count, there))
         return [dataset.samples[index] for index in sorted(chosen)]
 
     def _load(self, root: str, split: str | None) -> Dataset:

@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 def package_versions(*names: str) -> dict[str, str]:
     """Return the version of each package that is installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in names}
+    return {name: number for name, number in found.items() if number}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

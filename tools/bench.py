@@ -132,6 +132,7 @@ def _peers(work: Work, out: Path, console: Console) -> dict[str, Path]:
 
 
 def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace, console: Console) -> Bench:
+    parity = pipeline.compare(work, TARGET).gates
     artifact, folder = work.artifact(TARGET)
     frames = [np.array(frame) for frame in work.subject.frames(work.subject.parity_samples())]
     turns, stages = [], []
@@ -144,7 +145,7 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
         dataset=work.subject.evaluation.name,
         frames=len(frames),
         artifact_sha256=artifact.sha256,
-        parity=pipeline.compare(work, TARGET).gates,
+        parity=parity,
         machine=describe_machine(),
         turns=tuple(turns),
         layers=tuple(stages),

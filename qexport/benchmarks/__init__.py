@@ -1,0 +1,1 @@
+"""Measurements: parity, latency, accuracy, complexity, and the report over them."""

@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.fx import GraphModule
 
 from qexport.artifact import TensorSite
-from qexport.benchmarks.recall import RecallCounter
+from qexport.benchmarks.recall import Against, RecallCounter
+from qexport.detections import Detections
 from qexport.errors import ParityError
 from qexport.layers import Layer
+from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.local import LocalReference, Recorder, proposals_node
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import Gate, LayerParity, ParityReport, ParityStatus
@@ -139,7 +142,7 @@ class _Session:
         boxes = proposals_node(quantized.graph).name
         self._proposals = boxes
         nodes = quantized.quantize_nodes
-        self._float_wanted = {str(node.args[0].name): key for key, node in nodes.items()}
+        self._float_wanted = {argument_node(node).name: key for key, node in nodes.items()}
         self._codes_wanted = {node.name: key for key, node in nodes.items()}
         self.tallies = {key: _Tally() for key in nodes if key in self._sites}
         self.recalls = RecallCounter()
@@ -173,9 +176,9 @@ class _Session:
             tally.differing += int((steps > 0).sum())
 
     def _compare_whole(self, codes: Mapping[str, Tensor], frame: Tensor, proposals: Tensor) -> None:
-        """Cumulative noise; the box head of all three pools the runtime's proposals, so that rows are the same boxes."""
+        """Cumulative noise; all three box heads pool the runtime's proposals, so that rows are the same boxes."""
         pinned = {self._proposals: proposals}
-        scales = {key: node.args[1] for key, node in self._quantized.quantize_nodes.items()}
+        scales = {key: scale_of(node) for key, node in self._quantized.quantize_nodes.items()}
         for graph, wanted, name in (
             (self._quantized.float_graph, self._float_wanted, "fp32"),
             (self._quantized.graph, self._codes_wanted, "reference"),
@@ -189,8 +192,12 @@ class _Session:
                 wanted_value = value if name == "fp32" else value.float() * scales[key]
                 getattr(tally, name).add(reference=wanted_value, actual=actual)
 
-    def _count_recalls(self, frame: Tensor, proposals: Tensor, found: object) -> None:
-        for graph, against in ((self._quantized.float_graph, "fp32"), (self._quantized.graph, "reference")):
+    def _count_recalls(self, frame: Tensor, proposals: Tensor, found: Detections) -> None:
+        graphs: tuple[tuple[GraphModule, Against], ...] = (
+            (self._quantized.float_graph, "fp32"),
+            (self._quantized.graph, "reference"),
+        )
+        for graph, against in graphs:
             recorder = Recorder(graph, {self._proposals: PROPOSALS})
             with torch.no_grad():
                 outputs = recorder.run(frame)

@@ -69,4 +69,4 @@ class RecallCounter:
             )
             for stage in ("proposals", "detections")
             for against in ("fp32", "reference")
-        )  # type: ignore[misc]
+        )

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from qexport.detectors.static import StaticDetector
 from qexport.detectors.fingerprint import fingerprint
+from qexport.detectors.static import StaticDetector
 from qexport.encodings import (
     ACTIVATION_RANGE,
     WEIGHT_RANGE,
@@ -23,7 +23,16 @@ from qexport.encodings import (
 )
 from qexport.errors import CalibrationError
 from qexport.quantization.fold import fold_batch_norm
-from qexport.quantization.graph import base_of, constant_of, export_graph, op_name, port_keys, site_of, weight_key
+from qexport.quantization.graph import (
+    argument_node,
+    base_of,
+    constant_of,
+    export_graph,
+    op_name,
+    port_keys,
+    site_of,
+    weight_key,
+)
 from qexport.quantization.observers import ChannelMax, MagnitudeHistogram, SymmetricObserver
 from qexport.quantization.quantizer import (
     WEIGHTED,
@@ -103,7 +112,7 @@ def _rows(prepared: GraphModule, keys: Mapping[str, str], source: str) -> list[E
     for node in prepared.graph.nodes:
         if node.op != "call_module":
             continue
-        watched, watcher = node.args[0], getattr(prepared, str(node.target))
+        watched, watcher = argument_node(node), getattr(prepared, str(node.target))
         if watched.op == "get_attr":
             key = weight_key(next(iter(node.users)))
             weights.setdefault(key, _weight_row(prepared, node, watcher))
@@ -128,17 +137,16 @@ def _weight_row(prepared: GraphModule, node: Node, watcher: ChannelMax) -> Encod
     lowest = torch.zeros_like(scale)
     for user in node.users:
         if op_name(user) in WEIGHTED and len(user.args) > 2 and user.args[2] is not None:
-            observed = getattr(prepared, str(user.args[0].target)).scale()
-            lowest = torch.maximum(lowest, constant_of(prepared, user.args[2]).abs() / (observed * BIAS_LIMIT))
+            observed = getattr(prepared, str(argument_node(user).target)).scale()
+            bias = constant_of(prepared, argument_node(user, 2))
+            lowest = torch.maximum(lowest, bias.abs() / (observed * BIAS_LIMIT))
     raised = torch.maximum(scale, lowest)
     changed = int((raised > scale).sum())
     origin = "min-max" + (f", {changed} channels raised for the bias" if changed else "")
     return _row(key, QuantParams(_floats(raised), qmin=params.qmin, qmax=params.qmax, axis=0), origin)
 
 
-def _params(
-    watcher: SymmetricObserver, key: str, limits: tuple[int, int], axis: int | None
-) -> QuantParams:
+def _params(watcher: SymmetricObserver, key: str, limits: tuple[int, int], axis: int | None) -> QuantParams:
     scale = watcher.scale()
     if not bool(torch.isfinite(scale).all()):
         raise CalibrationError(

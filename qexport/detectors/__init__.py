@@ -1,0 +1,1 @@
+"""What comes in: a factory and a checkpoint, made static. torch begins here."""

@@ -24,6 +24,7 @@ from qexport.plugins.onnx.integer_roi_align import ChannelsLast, lower_to_intege
 from qexport.plugins.onnx.names import name_all
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
 from qexport.plugins.onnx.readback import read_back
+from qexport.quantization.graph import argument_node
 from qexport.quantization.reference import QuantizedDetector
 from qexport.versions import package_versions
 
@@ -48,7 +49,7 @@ def export(
     """
     example = quantized.static.example_input()
     base = export_base_graph(
-        quantized.graph, example, quantizers_in_order(quantized.graph, quantized.quantize_nodes)
+        quantized.graph, example, quantizers_in_order(quantized.graph, dict(quantized.quantize_nodes))
     )
     zero_point_0 = base.model.clone()
     channels_last = lower_for_integer_kernels(base.model)
@@ -118,7 +119,7 @@ def _name(
     name_all(base.model, {str(value.name): key.replace("@0/", "/") for key, value in found.items()})
     sites = []
     for key, value in found.items():
-        shape = tuple(quantized.quantize_nodes[key].args[0].meta["val"].shape)
+        shape = tuple(argument_node(quantized.quantize_nodes[key]).meta["val"].shape)
         layout = stored.get(base.quantized_names[key])
         sites.append(
             TensorSite(

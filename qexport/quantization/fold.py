@@ -35,7 +35,7 @@ def fold_batch_norm(static: StaticDetector) -> StaticDetector:
             pairs[site_of(node).path] = site_of(producer).path
     for norm_path, path in pairs.items():
         fuse = fuse_conv_bn_eval if isinstance(modules[path], nn.Conv2d) else fuse_linear_bn_eval
-        folded.set_submodule(path, fuse(modules[path], modules[norm_path]))  # type: ignore[type-var, arg-type]
+        folded.set_submodule(path, fuse(modules[path], modules[norm_path]))
         folded.set_submodule(norm_path, nn.Identity())
     return folded.eval().requires_grad_(False)
 

@@ -106,6 +106,22 @@ FUSES_ACTIVATION = ("conv2d", "linear", "add")
 """Operators whose kernels take an activation with them."""
 
 
+def argument_node(node: Node, index: int = 0) -> Node:
+    """Return an argument of a node that is a node itself: torch.fx types arguments as almost anything."""
+    value = node.args[index]
+    if not isinstance(value, Node):
+        raise TypeError(f"argument {index} of {node.name} is {value!r}, no node")
+    return value
+
+
+def scale_of(node: Node) -> float:
+    """Return the scale of a per-tensor quantize or dequantize node."""
+    value = node.args[1]
+    if not isinstance(value, float):
+        raise TypeError(f"scale of {node.name} is {value!r}, no number")
+    return value
+
+
 def constant_of(module: GraphModule, node: Node) -> Tensor:
     """Return the tensor that a get_attr node stands for."""
     value: object = module

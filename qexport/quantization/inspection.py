@@ -61,7 +61,9 @@ def inspect_layers(static: StaticDetector, *, keep_float: tuple[str, ...] = ()) 
     graph = export_graph(fold_batch_norm(static))
     keys = port_keys(graph)
     quantizer = SymmetricInt8Quantizer(
-        lambda _: activation_spec(MagnitudeHistogram), lambda _: weight_spec(ChannelMax), keep_float=keep_float
+        lambda _: activation_spec(MagnitudeHistogram),
+        lambda _: weight_spec(ChannelMax),
+        keep_float=keep_float,
     )
     quantizer.annotate(graph)
     paths = sorted({site_of(node).path for node in graph.graph.nodes if node.op == "call_function"})
@@ -85,7 +87,9 @@ def inspect_layers(static: StaticDetector, *, keep_float: tuple[str, ...] = ()) 
             continue
         if op in SHAPE_ONLY or not is_float(node) or (op in ACTIVATIONS and base_of(node) is not node):
             continue
-        weights = [constant_of(graph, arg) for arg in node.args if isinstance(arg, Node) and arg.op == "get_attr"]
+        weights = [
+            constant_of(graph, arg) for arg in node.args if isinstance(arg, Node) and arg.op == "get_attr"
+        ]
         reason = reasons.get((site.path, site.call, op), "")
         layers.append(
             Layer(
@@ -121,7 +125,9 @@ def _whole_stage(order: int, node: Node, reasons: dict[tuple[str, int, str], str
         parameters=0,
         macs=0,
         quantized=False,
-        reason=reasons.get((site.path, site.call, ""), "values are coordinates or probabilities, not features"),
+        reason=reasons.get(
+            (site.path, site.call, ""), "values are coordinates or probabilities, not features"
+        ),
     )
 
 

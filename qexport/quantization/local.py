@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from qexport.quantization.graph import constant_of, is_dequantize, is_quantize, op_name
+from qexport.quantization.graph import argument_node, constant_of, is_dequantize, is_quantize, op_name
 from qexport.quantization.reference import QuantizedDetector
 
 
@@ -27,9 +27,7 @@ class LocalReference:
         self._proposals = proposals_node(detector.graph)
         self._constants: dict[Node, Tensor] = {}
 
-    def expected(
-        self, key: str, codes: Mapping[str, Tensor], frame: Tensor, proposals: Tensor
-    ) -> Tensor:
+    def expected(self, key: str, codes: Mapping[str, Tensor], frame: Tensor, proposals: Tensor) -> Tensor:
         """Return the int8 codes that should have come out.
 
         Args:
@@ -41,7 +39,7 @@ class LocalReference:
         node = self._nodes[key]
         values: dict[Node, Any] = {self._proposals: proposals}
         with torch.no_grad():
-            source = self._value(node.args[0], values, codes, frame)
+            source = self._value(argument_node(node), values, codes, frame)
             result: Tensor = node.target(source, *node.args[1:])  # type: ignore[operator]
         return result
 

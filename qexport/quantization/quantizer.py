@@ -28,6 +28,7 @@ from qexport.layers import STAGES, Stage, stage_of
 from qexport.quantization.graph import (
     ACTIVATIONS,
     FUSES_ACTIVATION,
+    argument_node,
     base_of,
     is_float,
     op_name,
@@ -119,7 +120,8 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
         if not _in_quantized_stage(node):
             return f"{stage_of(site_of(node).path)}: values are coordinates or probabilities, not features"
         if op in WEIGHTED:
-            spec = {node.args[0]: self._output_spec(node.args[0]), node.args[1]: self._weight(weight_key(node))}
+            source, weight = argument_node(node), argument_node(node, 1)
+            spec = {source: self._output_spec(source), weight: self._weight(weight_key(node))}
             self._mark_chain(node, spec)
         elif op in BINARY:
             inputs = [arg for arg in node.args[:2] if isinstance(arg, Node) and is_float(arg)]
@@ -127,11 +129,13 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
                 return f"{op} with a constant has no integer kernel"
             self._mark_chain(node, {arg: self._output_spec(arg) for arg in inputs})
         elif op in OWN_SCALE or op in UNARY:
-            inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+            inputs = _inputs(node)
             self._mark(node, {arg: self._output_spec(arg) for arg in inputs}, self._output_spec(node))
         elif op in SAME_SCALE:
             if Q_ANNOTATION_KEY not in node.meta:  # else an activation that its producer took with it
                 self._annotate_same_scale(node)
+            if Q_ANNOTATION_KEY not in node.meta:
+                return f"{op} of a float tensor"
         else:
             return f"no integer form of {op} is known"
         return ""
@@ -151,9 +155,9 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
         self._mark(node, inputs, self._output_spec(node) if last is node else None)
 
     def _annotate_same_scale(self, node: Node) -> None:
-        inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        inputs = _inputs(node)
         first = inputs[0]
-        if not all(isinstance(arg, Node) and self._is_quantized(arg) for arg in inputs):
+        if not all(self._is_quantized(arg) for arg in inputs):
             return
         shared = SharedQuantizationSpec((first, node))
         self._mark(node, {first: self._output_spec(first), **dict.fromkeys(inputs[1:], shared)}, shared)
@@ -216,7 +220,9 @@ def weight_spec(observer: object) -> QuantizationSpec:
     )
 
 
-def preset_quantizer(params: Mapping[str, QuantParams], keep_float: tuple[str, ...]) -> SymmetricInt8Quantizer:
+def preset_quantizer(
+    params: Mapping[str, QuantParams], keep_float: tuple[str, ...]
+) -> SymmetricInt8Quantizer:
     """Return a quantizer whose every scale comes from a table of encodings.
 
     Raises:
@@ -248,6 +254,12 @@ def check_patterns(keep_float: tuple[str, ...], plan: Plan, paths: list[str]) ->
                 + (f"Nearest: {', '.join(near)}. " if near else "")
                 + "`qexport inspect` lists the layers by module path."
             )
+
+
+def _inputs(node: Node) -> list[Node]:
+    """Return what an operator reads: the tensors of its list, or its one tensor."""
+    first = node.args[0]
+    return [arg for arg in (first if isinstance(first, (list, tuple)) else [first]) if isinstance(arg, Node)]
 
 
 def _in_quantized_stage(node: Node) -> bool:

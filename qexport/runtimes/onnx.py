@@ -60,9 +60,7 @@ class OnnxRunner(Runner):
 
     def _probe(self, tensors: tuple[str, ...]) -> onnxruntime.InferenceSession:
         if tensors not in self._probes:
-            self._probes[tensors] = make_session(
-                with_outputs(self.path, tensors), threads=self.threads
-            )
+            self._probes[tensors] = make_session(with_outputs(self.path, tensors), threads=self.threads)
         return self._probes[tensors]
 
 
@@ -82,7 +80,7 @@ def make_session(
         ArtifactError: ONNX Runtime does not accept the model.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: PLC0415 - the runtime is imported where it is used
     except ImportError as error:
         raise TargetUnavailable(
             "onnxruntime is not installed: pip install 'qexport[onnx-runtime]' to run artifacts, "
@@ -107,7 +105,7 @@ def make_session(
 
 def with_outputs(path: Path, tensors: Sequence[str]) -> bytes:
     """Return the model with more outputs, serialized. Needs the onnx package: this is for the workstation."""
-    import onnx
+    import onnx  # noqa: PLC0415 - the workstation has it, a board need not
 
     model = onnx.load(path)
     present = {output.name for output in model.graph.output}

@@ -13,8 +13,8 @@ from qexport.artifact import InputSpec
 
 def normalised_image(frame: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
     """Return (1, 3, padded_h, padded_w) float32 for a (H, W, 3) uint8 RGB frame."""
-    image = frame.astype(np.float32) / np.float32(255)
-    image = (image - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+    image = ((frame / np.float32(255) - mean) / std).astype(np.float32)
     image = _resize_axis(image, 0, spec.resized_height_px)
     image = _resize_axis(image, 1, spec.resized_width_px)
     rows = spec.padded_height_px - spec.resized_height_px
@@ -33,4 +33,5 @@ def _resize_axis(image: NDArray[np.float32], axis: int, size: int) -> NDArray[np
     shape = [1, 1, 1]
     shape[axis] = size
     weight = (position - low).astype(np.float32).reshape(shape)
-    return np.take(image, low, axis) * (1 - weight) + np.take(image, high, axis) * weight
+    resized: NDArray[np.float32] = np.take(image, low, axis) * (1 - weight) + np.take(image, high, axis) * weight
+    return resized

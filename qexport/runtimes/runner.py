@@ -103,9 +103,7 @@ class Runner(ABC):
         """Free what the runtime holds."""
 
     @abstractmethod
-    def run(
-        self, array: NDArray[np.generic], tensors: Sequence[str] = ()
-    ) -> dict[str, NDArray[np.generic]]:
+    def run(self, array: NDArray[np.generic], tensors: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
         """Run once; return `boxes`, `scores`, `labels`, `count` and the named intermediate tensors."""
 
     @abstractmethod

@@ -155,7 +155,7 @@ def _row(run: RunResults, target: TargetResults) -> Experiment:
         backbone=run.detector.backbone,
         dataset=run.record.dataset_name,
         dataset_version=run.record.dataset_sha256[:12],
-        split=run.record.settings.split,
+        split=run.record.settings.split or "",
         input_px=_size(run.detector.padded_px),
         method=_method(run),
         target=target.target,

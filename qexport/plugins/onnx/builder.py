@@ -55,8 +55,12 @@ class Builder:
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register an array as an initializer of the graph and return its value."""
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray would add an axis to a scalar
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    tensor = ir.tensor(
+        np.asarray(array, order="C"), name=name
+    )  # ascontiguousarray would add an axis to a scalar
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -65,7 +69,8 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     """Return the constant that a value holds; None where it is computed."""
     if value is None or value.const_value is None:
         return None
-    return value.const_value.numpy()
+    array: np.ndarray = value.const_value.numpy()
+    return array
 
 
 def scalar_of(value: ir.Value | None) -> float:

@@ -50,15 +50,17 @@ def move_activations_after_quantizers(model: ir.Model) -> None:
         users = [use.node for use in node.outputs[0].uses()]
         if not users or any(user.op_type != "QuantizeLinear" for user in users):
             continue
-        bounds = [0.0, None] if node.op_type == "Relu" else [_bound(value) for value in _padded(node.inputs[1:], 2)]
+        bounds = (
+            [0.0, None]
+            if node.op_type == "Relu"
+            else [_bound(value) for value in _padded(node.inputs[1:], 2)]
+        )
         source = node.inputs[0]
         for user in users:
             quantized = user.outputs[0]
             consumers = list(quantized.uses())
             build = Builder(user)
-            clip_bounds = [
-                None if bound is None else _code(build, user, bound) for bound in bounds
-            ]
+            clip_bounds = [None if bound is None else _code(build, user, bound) for bound in bounds]
             clip = ir.node("Clip", [quantized, *clip_bounds])
             clip.metadata_props.update(user.metadata_props)
             model.graph.insert_after(user, clip)
@@ -82,7 +84,11 @@ def shift_to_uint8(model: ir.Model) -> None:
             node.replace_input_with(2, zero)
             if quantizes:
                 node.outputs[0].dtype = ir.DataType.UINT8
-        elif node.op_type == "Clip" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.UINT8:
+        elif (
+            node.op_type == "Clip"
+            and node.inputs[0] is not None
+            and node.inputs[0].dtype == ir.DataType.UINT8
+        ):
             for index, bound in enumerate(node.inputs[1:], start=1):
                 code = array_of(bound)
                 if code is not None and code.dtype == np.int8:
@@ -97,7 +103,7 @@ def _dequantizes(node: ir.Node | None) -> bool:
 
 
 def _padded(values: object, length: int) -> list[ir.Value | None]:
-    given = list(values)  # type: ignore[call-overload]
+    given: list[ir.Value | None] = list(values)  # type: ignore[call-overload]
     return given + [None] * (length - len(given))
 
 

@@ -49,7 +49,12 @@ def lower_to_integer(model: ir.Model) -> list[ChannelsLast]:
     spec = RoiAlignSpec.of(node)
     features = integer_features(node)
     quantizer = _only_user(node.outputs[0])
-    if features is None or quantizer is None or quantizer.op_type != "QuantizeLinear" or spec.sampling_ratio <= 0:
+    if (
+        features is None
+        or quantizer is None
+        or quantizer.op_type != "QuantizeLinear"
+        or spec.sampling_ratio <= 0
+    ):
         return []
     pooled = lower_to_int8_gather(node, features, scalar_of(quantizer.inputs[1]))
     height, width = spec.output_size
@@ -59,7 +64,9 @@ def lower_to_integer(model: ir.Model) -> list[ChannelsLast]:
     names = [str(node.outputs[0].name) for node in (quantizer, flattened) if node is not None]
     if flattened is not None:
         build = Builder(flattened)
-        flat = build.op("Reshape", [pooled, build.constant([spec.proposals, height * width * spec.channels], np.int64)])
+        flat = build.op(
+            "Reshape", [pooled, build.constant([spec.proposals, height * width * spec.channels], np.int64)]
+        )
         for use in list(flattened.outputs[0].uses()):
             _permute_columns(model, use.node, spec)
         build.replace_with(flat)
@@ -95,7 +102,7 @@ def _permute_columns(model: ir.Model, dequantizer: ir.Node, spec: RoiAlignSpec) 
     assert codes is not None and gemm.attributes["transB"].as_int() == 1
     bins = spec.output_size[0] * spec.output_size[1]
     permuted = codes.reshape(-1, spec.channels, bins).transpose(0, 2, 1).reshape(codes.shape)
-    name = f"{weight.inputs[0].name}/channels_last"  # type: ignore[union-attr]
+    name = f"{weight.inputs[0].name}/channels_last"
     weight.replace_input_with(0, add_initializer(model.graph, name, permuted))
 
 

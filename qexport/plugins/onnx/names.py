@@ -80,7 +80,9 @@ def _name_constants(model: ir.Model) -> None:
             graph.initializers.pop(value.name)
             continue
     order = {id(node): index for index, node in enumerate(graph)}
-    for value in sorted(graph.initializers.values(), key=lambda item: min(order[id(use.node)] for use in item.uses())):
+    for value in sorted(
+        graph.initializers.values(), key=lambda item: min(order[id(use.node)] for use in item.uses())
+    ):
         user = min(value.uses(), key=lambda use: (order[id(use.node)], use.idx))
         stem = f"{user.node.name}/input_{user.idx}"
         counts[stem] += 1

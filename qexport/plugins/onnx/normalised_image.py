@@ -17,7 +17,7 @@ def lower(node: ir.Node) -> None:
     build = Builder(node)
     frame = node.inputs[0]
     assert frame is not None and frame.shape is not None
-    height, width = int(frame.shape[0]), int(frame.shape[1])  # type: ignore[arg-type]
+    height, width = int(frame.shape[0]), int(frame.shape[1])
     attributes = node.attributes
     resized = attributes["resized"].as_ints()
     padded = attributes["padded"].as_ints()

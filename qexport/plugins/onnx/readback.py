@@ -12,7 +12,7 @@ from torch.fx import Node
 from qexport.artifact import LayerDecision
 from qexport.encodings import Encodings
 from qexport.errors import ExportError
-from qexport.quantization.graph import IMAGE_KEY, base_of, op_name
+from qexport.quantization.graph import IMAGE_KEY, argument_node, base_of, op_name
 from qexport.quantization.quantizer import SHAPE_ONLY, UNARY
 from qexport.runtimes.onnx import make_session
 
@@ -34,7 +34,9 @@ MOVING_KERNELS = frozenset(
     {"MaxPool", "NhwcMaxPool", "Resize", "Concat", "Slice", "Clip", "Reshape", "Transpose", "Gather"}
 )
 """Kernels that move or select values: integer when what they are given is."""
-FLOAT_KERNELS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "Gemm", "FusedGemm", "MatMul"})
+FLOAT_KERNELS = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "Gemm", "FusedGemm", "MatMul"}
+)
 ONNX_OPERATORS: Mapping[str, tuple[str, ...]] = {
     "conv2d": ("Conv",),
     "linear": ("Gemm", "MatMul"),
@@ -53,7 +55,9 @@ ONNX_OPERATORS: Mapping[str, tuple[str, ...]] = {
 """Which ONNX operator carries an operator of the detector, to find it among a site's nodes."""
 
 
-def read_back(path: Path, quantize_nodes: Mapping[str, Node], encodings: Encodings) -> tuple[LayerDecision, ...]:
+def read_back(
+    path: Path, quantize_nodes: Mapping[str, Node], encodings: Encodings
+) -> tuple[LayerDecision, ...]:
     """Open the file in ONNX Runtime and name the kernel of every quantized layer.
 
     Raises:
@@ -86,7 +90,9 @@ def read_back(path: Path, quantize_nodes: Mapping[str, Node], encodings: Encodin
 
 
 def _is_layer(key: str, node: Node, kept_float: set[tuple[str, int]]) -> bool:
-    return key != IMAGE_KEY and op_name(base_of(node.args[0])) not in SHAPE_ONLY and _site(key) not in kept_float
+    return (
+        key != IMAGE_KEY and op_name(base_of(argument_node(node))) not in SHAPE_ONLY and _site(key) not in kept_float
+    )
 
 
 def _decide(
@@ -96,7 +102,7 @@ def _decide(
     producers: Mapping[str, onnx.NodeProto],
 ) -> LayerDecision:
     path, call = _site(key)
-    op = op_name(base_of(node.args[0]))
+    op = op_name(base_of(argument_node(node)))
     written = ONNX_OPERATORS.get(op, ())
     own = [
         kernel
