@@ -67,9 +67,10 @@ def multiscale_roi_align(
     """
     mapper = LevelMapper(*level_range(scales), canonical_scale, canonical_level)
     # torchvision's private function is what its MultiScaleRoIAlign calls: equal by construction.
-    return _multiscale_roi_align(
+    pooled: Tensor = _multiscale_roi_align(
         features, [boxes], tuple(output_size), sampling_ratio, scales, mapper
-    ).contiguous()
+    )
+    return pooled.contiguous()
 
 
 @multiscale_roi_align.register_fake

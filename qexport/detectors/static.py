@@ -50,13 +50,14 @@ class Preprocess(nn.Module):
         spec = self.spec
         if spec.preprocess == "outside":
             return frame
-        return operators.normalised_image(
+        image: Tensor = operators.normalised_image(
             frame,
             list(spec.mean),
             list(spec.std),
             [spec.resized_height_px, spec.resized_width_px],
             [spec.padded_height_px, spec.padded_width_px],
         )
+        return image
 
 
 class Proposals(nn.Module):
@@ -121,7 +122,7 @@ class RoiPool(nn.Module):
 
     def forward(self, features: list[Tensor], proposals: Tensor) -> Tensor:
         """Return (R, C, pooled_h, pooled_w) float32."""
-        return operators.multiscale_roi_align(
+        pooled: Tensor = operators.multiscale_roi_align(
             [features[level] for level in self.levels],
             proposals,
             self.scales,
@@ -130,6 +131,7 @@ class RoiPool(nn.Module):
             self.canonical_scale,
             self.canonical_level,
         )
+        return pooled
 
 
 class SelectDetections(nn.Module):
@@ -170,8 +172,9 @@ class SelectDetections(nn.Module):
             (valid & self.is_object).permute(1, 0),
             self.iou_threshold,
         )
-        count = min(self.count, number * (classes - 1))
-        ranked, index = operators.best_scores(torch.where(kept.permute(1, 0), scores, -1.0).flatten(), count)
+        ranked, index = operators.best_scores(
+            torch.where(kept.permute(1, 0), scores, -1.0).flatten(), self.count
+        )
         found = ranked >= 0
         labels = index % classes
         return StaticOutput(
@@ -197,7 +200,8 @@ class StaticDetector(nn.Module):
         self.roi_heads.box_roi_pool = RoiPool(detector, list(features))
         self.roi_heads.box_head = detector.roi_heads.box_head
         self.roi_heads.box_predictor = detector.roi_heads.box_predictor
-        self.roi_heads.detections = SelectDetections(detector, spec, detections)
+        rows = min(detections, self.proposals * (detector.roi_heads.box_predictor.cls_score.out_features - 1))
+        self.roi_heads.detections = SelectDetections(detector, spec, rows)
 
     @property
     def proposals(self) -> int:

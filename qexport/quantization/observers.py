@@ -14,6 +14,8 @@ BINS = 4096
 """Bins of the magnitude histogram."""
 SMALLEST_SCALE = 2.0**-20
 """A tensor that is all zero still gets a scale."""
+_EXACT_COUNT = 2**24
+"""Values that are counted at a time: `torch.histc` counts in float32, which is exact up to here."""
 _STEPS = 127
 """Largest code of a symmetric int8 tensor."""
 
@@ -84,7 +86,10 @@ class MagnitudeHistogram(SymmetricObserver):
         if self.largest == math.inf:
             return x
         self.largest = max(self.largest, largest)
-        if self.method == "min-max" or self.largest == 0.0:
+        if self.method == "min-max":
+            return x
+        if self.largest == 0.0:
+            self.counts[0] += magnitude.numel()
             return x
         if self.range == 0.0:
             self.range = 2.0 ** math.ceil(math.log2(self.largest))
@@ -92,13 +97,14 @@ class MagnitudeHistogram(SymmetricObserver):
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.range *= 2
-        self.counts += torch.histc(magnitude.flatten(), BINS, 0.0, self.range).to(torch.int64)
+        for part in torch.split(magnitude.flatten(), _EXACT_COUNT):
+            self.counts += torch.histc(part, BINS, 0.0, self.range).to(torch.int64)
         return x
 
     def scale(self) -> Tensor:
         """Return the scale that the method chooses."""
         clip = self.largest
-        if self.counts.any():
+        if self.range > 0.0:
             clip = self._at_percentile() if self.method == "percentile" else self._least_error()
         return torch.tensor([max(clip / _STEPS, SMALLEST_SCALE)], dtype=torch.float32)
 

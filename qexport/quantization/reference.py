@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import Encodings, QuantParams
 from qexport.errors import EncodingsError
@@ -28,7 +29,7 @@ from qexport.quantization.graph import (
     site_of,
     weight_key,
 )
-from qexport.quantization.quantizer import preset_quantizer
+from qexport.quantization.quantizer import WEIGHTED, preset_quantizer
 
 BIAS_LIMIT = 2**30
 """Largest bias code that a scale may lead to: half of int32, so that accumulators have room."""
@@ -61,8 +62,15 @@ def quantize(static: StaticDetector, encodings: Encodings) -> QuantizedDetector:
     """Apply a table of encodings to a static detector.
 
     Raises:
-        EncodingsError: the table is of another detector: rows are missing, left over or of the wrong width.
+        EncodingsError: the table is of another detector: its fingerprint differs, or rows are missing, left
+            over or of the wrong width.
     """
+    own = fingerprint(static)
+    if encodings.detector_sha256 != own:
+        raise EncodingsError(
+            f"the encodings are of another detector (fingerprint {encodings.detector_sha256[:12]}, this one's "
+            f"{own[:12]}): its weights, layers or image size differ. Calibrate this one again."
+        )
     folded = fold_batch_norm(static)
     graph = export_graph(folded)
     float_graph = copy.deepcopy(graph)
@@ -80,7 +88,7 @@ def quantize(static: StaticDetector, encodings: Encodings) -> QuantizedDetector:
         ) from error
     _snap_biases(converted)
     nodes = _quantize_nodes(converted, port_keys(float_graph))
-    unknown = sorted(key for key in params if not key.endswith("/weight") and key not in nodes)
+    unknown = sorted(params.keys() - nodes.keys() - _quantized_weights(converted))
     if unknown:
         raise EncodingsError(
             f"{len(unknown)} rows of the encodings name nothing that this detector quantizes, first {unknown[0]}. "
@@ -97,9 +105,17 @@ def _quantize_nodes(graph: GraphModule, keys: Mapping[str, str]) -> dict[str, No
     return found
 
 
+def _quantized_weights(graph: GraphModule) -> set[str]:
+    return {
+        weight_key(node)
+        for node in graph.graph.nodes
+        if op_name(node) in WEIGHTED and is_dequantize(node.args[1])
+    }
+
+
 def _check_rows(graph: GraphModule, params: Mapping[str, QuantParams]) -> None:
     for node in graph.graph.nodes:
-        if op_name(node) not in ("conv2d", "linear") or weight_key(node) not in params:
+        if op_name(node) not in WEIGHTED or weight_key(node) not in params:
             continue
         channels, scales = node.args[1].meta["val"].shape[0], len(params[weight_key(node)].scale)
         if channels != scales:
@@ -107,12 +123,18 @@ def _check_rows(graph: GraphModule, params: Mapping[str, QuantParams]) -> None:
                 f"{site_of(node).path} has {channels} output channels, its encodings {scales} scales. "
                 "They are of another detector: calibrate this one again."
             )
+    for key, row in params.items():
+        if not key.endswith("/weight") and len(row.scale) != 1:
+            raise EncodingsError(
+                f"{key} has {len(row.scale)} scales; an activation has one for the whole tensor. "
+                "The table was not written by qexport: calibrate again."
+            )
 
 
 def _snap_biases(graph: GraphModule) -> None:
     """Round each bias to the int32 grid of its call: scale of the input times scale of the channel."""
     for node in graph.graph.nodes:
-        if op_name(node) not in ("conv2d", "linear") or not is_dequantize(node.args[1]):
+        if op_name(node) not in WEIGHTED or not is_dequantize(node.args[1]):
             continue
         if len(node.args) < 3 or node.args[2] is None:
             continue
