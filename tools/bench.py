@@ -36,9 +36,8 @@ from qexport.detections import Detections
 from qexport.detectors.demo.scenes import write_scenes
 from qexport.errors import QexportError
 from qexport.files import sha256_json, write_bytes, write_json
-from qexport.layers import DetectorReport
 from qexport.pipeline import Work
-from qexport.results import AccuracyReport, LayerLatency
+from qexport.results import AccuracyReport
 from qexport.runtimes.onnx import OnnxRunner
 from qexport.settings import Settings
 from qexport.versions import package_versions
@@ -114,7 +113,7 @@ def _peers(work: Work, out: Path, console: Console) -> dict[str, Path]:
     origin = sha256_json(
         {
             "model": work.settings.model,
-            "weights": subject.weights_sha256,
+            "weights": work.folder.record.weights_sha256,
             "frame_px": subject.frame_px,
             "images": [subject.calibration.sha256, [sample.image_id for sample in samples]],
             "versions": package_versions("torch", "torchvision", "onnxruntime"),
@@ -135,10 +134,10 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
     parity = pipeline.compare(work, TARGET).gates
     artifact, folder = work.artifact(TARGET)
     frames = [np.array(frame) for frame in work.subject.frames(work.subject.parity_samples())]
-    turns, stages = [], []
-    for threads in options.threads:
-        turns.append(_take_turns(work, peers, frames, threads=threads, options=options, console=console))
-        stages.append(_rows(work, frames[0], threads=threads, options=options))
+    turns = tuple(
+        _take_turns(work, peers, frames, threads=threads, options=options, console=console)
+        for threads in options.threads
+    )
     return Bench(
         detector=f"{work.subject.loaded.backbone}, {work.settings.model}",
         frame_px=work.subject.frame_px,
@@ -147,8 +146,7 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
         artifact_sha256=artifact.sha256,
         parity=parity,
         machine=describe_machine(),
-        turns=tuple(turns),
-        layers=tuple(stages),
+        turns=turns,
         sizes_bytes={
             **{name: path.stat().st_size for name, path in peers.items()},
             OURS: (folder / artifact.file("int8").name).stat().st_size,
@@ -186,12 +184,16 @@ def _take_turns(
             settle_s=SETTLE_S,
             on_run=lambda: progress.advance(task),
         )
+        layers = pipeline.inspect(work).layers
+        profile = profile_artifact(ours, frames[0], layers, warmup=options.warmup, runs=options.runs)
     return Turns(
         threads=threads,
         stats={name: summarise(values) for name, values in times.items()},
         faster_than_eager={name: ratio_of_medians(times[EAGER], times[name]) for name in CONTENDERS},
         ours_faster_than={name: ratio_of_medians(times[name], times[OURS]) for name in CONTENDERS},
         times_ms=times,
+        layers=build_rows(profile.paths, layers, eager=None, fp32=None),
+        accounted_share=profile.accounted_share,
     )
 
 
@@ -199,15 +201,6 @@ def _on_next(infer: Callable[[Frame], object], frames: Sequence[Frame]) -> Calla
     """Return what runs on the next frame each time that it is called."""
     following = cycle(frames)
     return lambda: infer(next(following))
-
-
-def _rows(work: Work, frame: Frame, *, threads: int, options: argparse.Namespace) -> tuple[LayerLatency, ...]:
-    """Return the artifact's latency by module path."""
-    _, folder = work.artifact(TARGET)
-    layers = msgspec.json.decode(work.folder.file("detector.json").read_bytes(), type=DetectorReport).layers
-    with OnnxRunner(folder, threads=threads) as ours:
-        profile = profile_artifact(ours, frame, layers, warmup=options.warmup, runs=options.runs)
-    return build_rows(profile.paths, layers, eager=None, fp32=None)
 
 
 def _accuracy(work: Work, peers: Mapping[str, Path], console: Console) -> AccuracyReport:

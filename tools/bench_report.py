@@ -24,6 +24,10 @@ class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ours_faster_than: dict[str, Ratio]
     times_ms: dict[str, list[float]]
     """Every counted run, in order: the n-th of each were timed in the same round."""
+    layers: tuple[LayerLatency, ...]
+    """The artifact by module path, profiled on the first frame."""
+    accounted_share: float
+    """Sum of the layers over the profiled run."""
 
 
 class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -39,8 +43,6 @@ class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """No latency without it."""
     machine: Machine
     turns: tuple[Turns, ...]
-    layers: tuple[tuple[LayerLatency, ...], ...]
-    """The artifact by module path, for each of `turns`."""
     sizes_bytes: dict[str, int]
     accuracy: AccuracyReport | None
 
@@ -60,8 +62,8 @@ def as_markdown(bench: Bench) -> str:
         f"{machine.processor}, {machine.cores} cores, {machine.system}. {packages}.",
         f"Artifact {bench.artifact_sha256[:12]}. Parity: {parity}.",
     ]
-    for turns, layers in zip(bench.turns, bench.layers, strict=True):
-        lines += ["", *_latency(turns), "", *_stages(turns.threads, layers)]
+    for turns in bench.turns:
+        lines += ["", *_latency(turns), "", *_stages(turns)]
     lines += ["", "## Size", ""]
     sizes = [[name, f"{size / 1e6:.1f}"] for name, size in bench.sizes_bytes.items()]
     lines += _table(["file", "MB"], sizes)
@@ -79,7 +81,7 @@ def _latency(turns: Turns) -> list[str]:
         rows.append([name, *(f"{time:.1f}" for time in times), _ratio(turns.faster_than_eager[name]), ours])
     runs = turns.stats[OURS].runs
     return [
-        f"## Latency, {turns.threads} thread{'s' if turns.threads > 1 else ''}",
+        f"## Latency, {_threads(turns)}",
         "",
         f"{runs} interleaved runs, ms. Ratios of medians with 95 % bootstrap intervals over rounds.",
         "",
@@ -87,7 +89,8 @@ def _latency(turns: Turns) -> list[str]:
     ]
 
 
-def _stages(threads: int, layers: Sequence[LayerLatency]) -> list[str]:
+def _stages(turns: Turns) -> list[str]:
+    layers = turns.layers
     whole_ms = sum(row.artifact_ms for row in layers)
     rows = []
     for stage in STAGES:
@@ -96,11 +99,12 @@ def _stages(threads: int, layers: Sequence[LayerLatency]) -> list[str]:
     others = sorted((row for row in layers if row.kind != "convolution"), key=lambda row: -row.artifact_ms)
     named = ", ".join(f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms)" for row in others[:2])
     return [
-        f"### Where qexport's time goes, {threads} thread{'s' if threads > 1 else ''}",
+        f"### Where qexport's time goes, {_threads(turns)}",
         "",
         *_table(["stage", "ms", "%"], rows),
         "",
-        f"The largest that are not convolutions: {named}.",
+        f"The largest that are not convolutions: {named}. "
+        f"Kernels add up to {100 * turns.accounted_share:.1f} % of a profiled run.",
     ]
 
 
@@ -121,6 +125,10 @@ def _accuracy(report: AccuracyReport) -> list[str]:
         "",
         *_table(["", "VOC mAP at 0.5", "COCO mAP", "COCO mAP less eager's, 95 %"], rows),
     ]
+
+
+def _threads(turns: Turns) -> str:
+    return f"{turns.threads} thread{'s' if turns.threads > 1 else ''}"
 
 
 def _ratio(ratio: Ratio) -> str:

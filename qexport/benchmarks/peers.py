@@ -86,7 +86,10 @@ def quantize_recipe(float_model: Path, frames: Iterable[NDArray[np.uint8]], path
         path: file to write.
     """
     with tempfile.TemporaryDirectory() as folder, whole_file(path) as partial, _quiet():
-        prepared = _pre_process(float_model, Path(folder) / "prepared.onnx")
+        prepared = Path(folder) / "prepared.onnx"
+        # As ONNX Runtime's guide asks, but for symbolic shapes: on torchvision's detectors their inference
+        # ends in "Incomplete symbolic shape inference" after up to a minute. The guide says to skip it then.
+        quant_pre_process(str(float_model), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(partial),
@@ -151,16 +154,6 @@ class _FrameReader(CalibrationDataReader):  # type: ignore[misc]
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         frame = next(self._frames, None)
         return None if frame is None else {_INPUT: image_of(frame)}
-
-
-def _pre_process(model: Path, prepared: Path) -> Path:
-    """Infer shapes and optimise, as ONNX Runtime's guide asks; without symbolic shapes where those fail."""
-    try:
-        quant_pre_process(str(model), str(prepared))
-    except Exception as error:  # it raises bare Exception; NonMaxSuppression's output has no symbolic shape
-        logging.getLogger(__name__).debug("symbolic shape inference fails on %s: %s", model, error)
-        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
-    return prepared
 
 
 @contextmanager
