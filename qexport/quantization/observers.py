@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ SMALLEST_SCALE = 2.0**-20
 """A tensor that is all zero still gets a scale."""
 _EXACT_COUNT = 2**24
 """Values that are counted at a time: `torch.histc` counts in float32, which is exact up to here."""
+SCALE_BITS = 12
+"""Significant bits of an activation's scale: 0.02 % at most is given away."""
 _STEPS = 127
 """Largest code of a symmetric int8 tensor."""
 
@@ -37,9 +40,9 @@ class SymmetricObserver(ObserverBase):  # type: ignore[misc]
         self.qscheme, self.quant_min, self.quant_max = qscheme, quant_min, quant_max
         self.ch_axis, self.eps = ch_axis, eps
 
+    @abstractmethod
     def scale(self) -> Tensor:
         """Return the scale, (1,) or (channels,) float32."""
-        raise NotImplementedError
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return the scale and zero points of 0, as PT2E asks for them."""
@@ -106,7 +109,7 @@ class MagnitudeHistogram(SymmetricObserver):
         clip = self.largest
         if self.range > 0.0:
             clip = self._at_percentile() if self.method == "percentile" else self._least_error()
-        return torch.tensor([max(clip / _STEPS, SMALLEST_SCALE)], dtype=torch.float32)
+        return torch.tensor([round_up(max(clip / _STEPS, SMALLEST_SCALE))], dtype=torch.float32)
 
     def _at_percentile(self) -> float:
         wanted = math.ceil(int(self.counts.sum()) * self.percentile / 100)
@@ -121,6 +124,18 @@ class MagnitudeHistogram(SymmetricObserver):
         restored = torch.clamp(torch.round(centres / scale), max=_STEPS) * scale
         error = ((restored - centres) ** 2 * self.counts).sum(1)
         return float(candidates[int(error.argmin())])
+
+
+def round_up(scale: float) -> float:
+    """Return the next value with `SCALE_BITS` significant bits.
+
+    The last bits of an activation depend on the processor and on the number of threads. Scales that keep them
+    make another detector on another machine, since a changed rounding grows with depth.
+    """
+    mantissa, exponent = math.frexp(scale)
+    steps = 2**SCALE_BITS
+    # A value a hair above a step is that step, computed elsewhere.
+    return math.ldexp(math.ceil(mantissa * steps - 2**-8) / steps, exponent)
 
 
 class ChannelMax(SymmetricObserver):

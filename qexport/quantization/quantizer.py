@@ -7,6 +7,7 @@ coordinates and probabilities, not features. Written for torchao's `prepare_pt2e
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -244,8 +245,6 @@ def check_patterns(keep_float: tuple[str, ...], plan: Plan, paths: list[str]) ->
     Raises:
         CalibrationError: names the pattern, and the nearest module paths.
     """
-    import difflib
-
     for pattern in keep_float:
         if pattern not in plan.matched_patterns:
             near = difflib.get_close_matches(re.sub(r"[*?\[\]]", "", pattern), paths, n=3, cutoff=0.3)
