@@ -21,20 +21,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
-import qexport
-from qexport.artifact import MANIFEST, Artifact, load_artifact
-from qexport.encodings import Encodings, load_encodings, save_encodings
-from qexport.errors import ArtifactError, EncodingsError, RunFolderError
+from qexport.artifact import MANIFEST, Artifact
+from qexport.dataset import load_dataset
+from qexport.encodings import Encodings, save_encodings
+from qexport.errors import RunFolderError
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
 from qexport.results import (
@@ -46,68 +45,33 @@ from qexport.results import (
     MemoryUse,
     ParityReport,
 )
-from qexport.run_folder import RunFolder, create_run, open_run
-from qexport.settings import RunRecord, Settings
-from qexport.subject import Subject
-from qexport.target import TARGETS, find_target
-from qexport.versions import package_versions
+from qexport.run_folder import open_run
+from qexport.target import find_target
+from qexport.work import Progress, Work, check_targets, exported_targets, resume, silent, start
 
 if TYPE_CHECKING:
-    from qexport.benchmarks.report import ReportFiles
-    from qexport.quantization.reference import QuantizedDetector
+    from qexport.benchmarks.detect import Detect
+    from qexport.benchmarks.report import ExperimentFiles, ReportFiles
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""Called with a title and a number of steps; gives what is called after each step."""
-
-_PACKAGES = ("torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "pycocotools")
-
-
-@contextmanager
-def silent(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show no progress."""
-    del title, total
-    yield lambda: None
-
-
-class Work:
-    """A run that is being worked on: its folder, and what it is about."""
-
-    def __init__(self, folder: RunFolder, subject: Subject, progress: Progress = silent) -> None:
-        self.folder, self.subject, self.progress = folder, subject, progress
-
-    @property
-    def settings(self) -> Settings:
-        """What was asked."""
-        return self.folder.settings
-
-    @cached_property
-    def encodings(self) -> Encodings:
-        """The table that `calibrate` wrote, checked to be this detector's."""
-        from qexport.detectors.fingerprint import fingerprint  # noqa: PLC0415 - torch begins here
-
-        path = self.folder.require("encodings.json", f"qexport calibrate {self.folder.path}")
-        encodings = load_encodings(path)
-        own = fingerprint(self.subject.static)
-        if encodings.detector_sha256 != own:
-            raise EncodingsError(
-                f"{path}: made for another detector (fingerprint {encodings.detector_sha256[:12]}, this one's is "
-                f"{own[:12]}). Run `qexport calibrate {self.folder.path}` again."
-            )
-        return encodings
-
-    @cached_property
-    def quantized(self) -> QuantizedDetector:
-        """The detector with its encodings applied."""
-        from qexport.quantization.reference import quantize  # noqa: PLC0415 - torch begins here
-
-        return quantize(self.subject.static, self.encodings)
-
-    def artifact(self, target: str) -> tuple[Artifact, Path]:
-        """Return a target's artifact, checked to be made of these encodings."""
-        folder = self.folder.path / target
-        self.folder.require(f"{target}/{MANIFEST}", f"qexport export {self.folder.path} --target {target}")
-        artifact, _ = load_artifact(folder)
-        return artifact, folder
+__all__ = [
+    "Outcome",
+    "Progress",
+    "Work",
+    "bench",
+    "calibrate",
+    "check_targets",
+    "compare",
+    "evaluate",
+    "export",
+    "exported_targets",
+    "inspect",
+    "report",
+    "report_experiments",
+    "resume",
+    "run_all",
+    "silent",
+    "start",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,55 +87,18 @@ class Outcome:
         return tuple(gate for gate in self.gates if not gate.passed)
 
 
-def start(path: Path, settings: Settings, *, command: str = "", progress: Progress = silent) -> Work:
-    """Make a run's folder, or take up the run in it; detector and data are checked first.
-
-    Raises:
-        QexportError: the detector, the data or the folder cannot be used. Nothing was written then.
-    """
-    subject = Subject(settings)
-    record = RunRecord(
-        settings=subject.resolved(),
-        weights_sha256=subject.weights_sha256,
-        dataset_name=subject.evaluation.name,
-        dataset_sha256=subject.dataset_sha256,
-        qexport_version=qexport.__version__,
-        versions={"python": ".".join(map(str, sys.version_info[:3])), **package_versions(*_PACKAGES)},
-        command=command,
-    )
-    _ = subject.static  # a detector that cannot run on such frames is found out before anything is written
-    return Work(create_run(path, record), subject, progress)
-
-
-def resume(path: Path, *, progress: Progress = silent) -> Work:
-    """Open a run that was started before.
-
-    Raises:
-        RunFolderError: there is none, or its weights changed since.
-    """
-    folder = open_run(path)
-    subject = Subject(folder.settings)
-    if subject.weights_sha256 != folder.record.weights_sha256:
-        raise RunFolderError(
-            f"{folder.settings.weights} changed since {path} was started. Start a new run with another --out."
-        )
-    return Work(folder, subject, progress)
-
-
 def inspect(work: Work) -> DetectorReport:
     """Say what the detector is, and what will be quantized: `detector.json`."""
     from qexport.benchmarks.complexity import average_sparsity, count_parameters  # noqa: PLC0415
     from qexport.detectors.fingerprint import fingerprint  # noqa: PLC0415
-    from qexport.quantization.inspection import inspect_layers  # noqa: PLC0415
 
-    subject, settings = work.subject, work.settings
+    subject, static = work.subject, work.subject.static
+    identity = fingerprint(static)
 
     def write() -> None:
-        static = subject.static
-        layers = inspect_layers(static, keep_float=settings.keep_float)
         report = DetectorReport(
-            source=settings.model,
-            detector_sha256=fingerprint(static),
+            source=work.settings.model,
+            detector_sha256=identity,
             backbone=subject.loaded.backbone,
             labels=subject.labels,
             frame_px=subject.frame_px,
@@ -180,16 +107,15 @@ def inspect(work: Work) -> DetectorReport:
             proposals=static.proposals,
             detections=static.detections,
             parameters=count_parameters(static),
-            macs=sum(layer.macs for layer in layers),
+            macs=sum(layer.macs for layer in subject.layers),
             average_sparsity=average_sparsity(static),
-            layers=layers,
+            layers=subject.layers,
         )
         write_json(work.folder.file("detector.json"), report)
 
     inputs = {
-        "weights": work.folder.record.weights_sha256,
-        "data": work.folder.record.dataset_sha256,
-        "settings": settings,
+        "detector": [work.settings.model, identity, subject.labels, subject.frame_px],
+        "options": [static.proposals, static.detections, static.spec.preprocess, work.settings.keep_float],
     }
     work.folder.stage("inspect", inputs, ["detector.json"], write)
     return read_json(work.folder.file("detector.json"), DetectorReport, RunFolderError)
@@ -214,11 +140,12 @@ def calibrate(work: Work) -> Encodings:
                 notes={
                     "dataset": subject.calibration.name,
                     "dataset_sha256": subject.calibration.sha256,
-                    "split": subject.calibration.split or "",
+                    "split": subject.calibration.split,
                     "seed": settings.seed,
                 },
                 on_image=step,
             )
+        work.folder.discard()  # a report never holds measurements of two tables
         save_encodings(encodings, work.folder.file("encodings.json"))
 
     inputs = {
@@ -227,8 +154,7 @@ def calibrate(work: Work) -> Encodings:
         "options": [settings.calibration_images, settings.observer, settings.percentile, settings.seed],
     }
     if work.folder.stage("calibrate", inputs, ["encodings.json"], write):
-        for stale in ("encodings", "quantized"):
-            work.__dict__.pop(stale, None)
+        work.forget_encodings()
     return work.encodings
 
 
@@ -238,15 +164,17 @@ def export(work: Work, target: str) -> Artifact:
 
     find_target(target).require("export")
     exporter: Any = importlib.import_module(f"qexport.exporters.{target}")
-    folder = work.folder.path / target
+    folder, subject = work.path / target, work.subject
+    encodings = work.encodings  # checked, also where the artifact is there already
 
     def write() -> None:
+        work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
         with work.progress(f"export {target}", 2) as step:
-            artifact = exporter.export(work.quantized, work.encodings, folder, labels=work.subject.labels)
+            artifact = exporter.export(work.quantized, encodings, folder, labels=subject.labels)
             step()
             complexity = count_complexity(
-                work.subject.static,
-                (work.subject.static.example_input(),),
+                subject.static,
+                (subject.static.example_input(),),
                 weight_codes=work.quantized.weight_codes(),
                 float_bytes=artifact.file("fp32").size_bytes,
                 artifact_bytes=artifact.file("int8").size_bytes,
@@ -254,9 +182,11 @@ def export(work: Work, target: str) -> Artifact:
             write_json(folder / "complexity.json", complexity)
             step()
 
-    inputs = {"encodings": work.folder.digest("encodings.json"), "detector": work.folder.digest("detector.json")}
-    outputs = [f"{target}/{name}" for name in (MANIFEST, "complexity.json")]
-    _ = work.encodings  # checked, also where the artifact is there already
+    inputs = {
+        "encodings": work.folder.digest("encodings.json"),
+        "detector": work.folder.digest("detector.json"),
+    }
+    outputs = [f"{target}/{MANIFEST}", f"{target}/complexity.json"]
     work.folder.stage(f"export.{target}", inputs, outputs, write)
     return work.artifact(target)[0]
 
@@ -267,28 +197,29 @@ def compare(work: Work, target: str) -> ParityReport:
 
     find_target(target).require("measure")
     artifact, folder = work.artifact(target)
-    detector = inspect(work)
-    settings = work.settings
+    detector, settings, evaluation = inspect(work), work.settings, work.subject.evaluation
 
     def write() -> None:
         samples = work.subject.parity_samples()
-        runner = _runner(target)
-        with work.progress(f"compare {target}", len(samples)) as step, runner(folder, threads=_threads()) as running:
-            report = measure(
+        with (
+            work.progress(f"compare {target}", len(samples)) as step,
+            _runner(target)(folder, threads=_threads()) as runner,
+        ):
+            parity = measure(
                 work.quantized,
-                running,
+                runner,
                 detector.layers,
                 work.subject.frames(samples),
-                split=work.subject.evaluation.split or "",
+                split=evaluation.split,
                 tolerance_steps=settings.tolerance_steps,
                 max_unmatched=settings.max_unmatched,
                 on_image=step,
             )
-        write_json(folder / "parity.json", report)
+        write_json(folder / "parity.json", parity)
 
     inputs = {
         "artifact": artifact.sha256,
-        "images": work.subject.evaluation.sha256,
+        "images": evaluation.sha256,
         "options": [settings.parity_images, settings.tolerance_steps, settings.max_unmatched, settings.seed],
     }
     work.folder.stage(f"compare.{target}", inputs, [f"{target}/parity.json"], write)
@@ -300,49 +231,69 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     from qexport.benchmarks import detect  # noqa: PLC0415
     from qexport.benchmarks.accuracy import evaluate as measure  # noqa: PLC0415
 
-    dataset, folder = work.subject.evaluation, work.folder
-    weights, table = folder.record.weights_sha256, folder.digest("encodings.json")
-    sources: dict[str, tuple[list[str | None], Callable[[], AbstractContextManager[detect.Detect]]]] = {
-        "eager": ([weights, folder.digest("detector.json")], lambda: detect.eager(work.subject.loaded)),
-        "reference": ([weights, table], lambda: detect.reference(work.quantized)),
+    folder, dataset, settings = work.folder, work.subject.evaluation, work.settings
+    weights = [folder.record.weights_sha256, folder.digest("detector.json")]
+    table = [*weights, work.encodings.rows_sha256]
+    found = {
+        "eager": _detect(work, "eager", weights, lambda: detect.eager(work.subject.loaded)),
+        "reference": _detect(work, "reference", table, lambda: detect.reference(work.quantized)),
     }
     for target in targets:
         artifact, place = work.artifact(target)
-        sources[target] = (
-            [artifact.sha256],
-            lambda target=target, place=place: detect.artifact(_runner(target), place, _threads()),  # type: ignore[misc]
-        )
-    found: dict[str, tuple[ImageDetections, ...]] = {}
-    for subject, (identity, source) in sources.items():
-        name = f"detections/{subject}.json"
+        run = partial(detect.artifact, _runner(target), place, _threads())
+        found[target] = _detect(work, target, [artifact.sha256], run)
 
-        def write(subject: str = subject, name: str = name, source: Any = source) -> None:
-            with work.progress(f"evaluate {subject}", len(dataset.samples)) as step, source() as run:
-                images = detect.over(dataset, work.subject.frame_px, run, on_image=step)
-            write_json(folder.file(name), DetectionsRecord(subjects={subject: images}))
-
-        folder.stage(f"detect.{subject}", {"of": identity, "images": dataset.sha256}, [name], write)
-        found |= read_json(folder.file(name), DetectionsRecord, RunFolderError).subjects
-
-    def write_accuracy() -> None:
+    def write() -> None:
         write_json(folder.file("detections.json"), DetectionsRecord(subjects=found))
         with work.progress("evaluate mAP", 1) as step:
-            boxes = {subject: [detect.to_arrays(image) for image in images] for subject, images in found.items()}
-            report = measure(dataset, boxes, seed=work.settings.seed, max_drop=work.settings.max_drop)
+            boxes = {
+                subject: [detect.to_arrays(image) for image in images] for subject, images in found.items()
+            }
+            accuracy = measure(dataset, boxes, seed=settings.seed, max_drop=settings.max_drop)
             step()
-        write_json(folder.file("accuracy.json"), report)
+        write_json(folder.file("accuracy.json"), accuracy)
 
     inputs = {
-        "detections": [folder.digest(f"detections/{subject}.json") for subject in found],
-        "options": [dataset.sha256, work.settings.max_drop, work.settings.seed],
+        "detections": [[subject, folder.digest(f"detections/{subject}.json")] for subject in found],
+        "options": [dataset.sha256, settings.max_drop, settings.seed],
     }
-    folder.stage("evaluate", inputs, ["detections.json", "accuracy.json"], write_accuracy)
+    folder.stage("evaluate", inputs, ["detections.json", "accuracy.json"], write)
     return read_json(folder.file("accuracy.json"), AccuracyReport, RunFolderError)
 
 
-def bench(work: Work, target: str, *, runs: int = 30, warmup: int = 3, threads: int = 1) -> LatencyProfile:
-    """Measure latency, whole and per module path, and memory: `TARGET/latency.json`, `TARGET/memory.json`."""
-    from qexport.benchmarks.complexity import peak_memory  # noqa: PLC0415
+def _detect(
+    work: Work,
+    subject: str,
+    identity: Sequence[str | None],
+    source: Callable[[], AbstractContextManager[Detect]],
+) -> tuple[ImageDetections, ...]:
+    """Return what a subject detects on the whole split: `detections/SUBJECT.json`."""
+    from qexport.benchmarks import detect  # noqa: PLC0415
+
+    dataset, name = work.subject.evaluation, f"detections/{subject}.json"
+
+    def write() -> None:
+        with work.progress(f"detect {subject}", len(dataset.samples)) as step, source() as run:
+            images = detect.over(dataset, work.subject.frame_px, run, on_image=step)
+        write_json(work.folder.file(name), DetectionsRecord(subjects={subject: images}))
+
+    work.folder.stage(f"detect.{subject}", {"of": identity, "images": dataset.sha256}, [name], write)
+    return read_json(work.folder.file(name), DetectionsRecord, RunFolderError).subjects[subject]
+
+
+def bench(
+    work: Work, target: str, *, runs: int = 30, warmup: int = 3, threads: int = 1, again: bool = False
+) -> LatencyProfile:
+    """Measure latency, whole and per module path, and memory: `TARGET/latency.json`, `TARGET/memory.json`.
+
+    Args:
+        work: the run.
+        target: its name.
+        runs: measured runs of each subject.
+        warmup: runs before them that do not count.
+        threads: of the runtime.
+        again: measure also where the stage is complete.
+    """
     from qexport.benchmarks.latency import measure_latency  # noqa: PLC0415
 
     find_target(target).require("measure")
@@ -352,11 +303,7 @@ def bench(work: Work, target: str, *, runs: int = 30, warmup: int = 3, threads: 
     def write() -> None:
         frame = next(work.subject.frames(work.subject.parity_samples()))
         with work.progress(f"bench {target}", 3 * (runs + warmup) + 2) as step:
-            memory = []
-            for subject, role in (("artifact", "int8"), ("fp32", "fp32")):
-                command = [sys.executable, "-m", "qexport.runtimes.once", str(folder), role]
-                memory.append(MemoryUse(subject=subject, peak_bytes=peak_memory(command)))
-                step()
+            memory = _peak_memory(folder, step)
             profile = measure_latency(
                 artifact=folder,
                 runner=_runner(target),
@@ -369,29 +316,41 @@ def bench(work: Work, target: str, *, runs: int = 30, warmup: int = 3, threads: 
                 min_accounted=work.settings.min_accounted,
                 on_run=step,
             )
-        write_json(folder / "memory.json", tuple(memory))
+        write_json(folder / "memory.json", memory)
         write_json(folder / "latency.json", profile)
 
+    if again:
+        work.folder.forget(f"bench.{target}")
     inputs = {"artifact": artifact.sha256, "options": [runs, warmup, threads, work.settings.min_accounted]}
     outputs = [f"{target}/latency.json", f"{target}/memory.json"]
     work.folder.stage(f"bench.{target}", inputs, outputs, write)
     return read_json(folder / "latency.json", LatencyProfile, RunFolderError)
 
 
-def report(work: Work) -> ReportFiles:
-    """Write the report: `report.html`, `report.json`, tables for spreadsheets."""
+def report(path: Path) -> ReportFiles:
+    """Write a run's report: `report.html`, `report.json`, tables for spreadsheets."""
     from qexport.benchmarks.report import build_report  # noqa: PLC0415
 
-    return build_report(work.folder.path, dataset_root=work.subject.evaluation.root)
+    data = Path(open_run(path).settings.data)
+    if data.is_file():
+        root: Path | None = load_dataset(data, None).root
+    else:
+        root = data.resolve() if data.is_dir() else None
+    return build_report(path, dataset_root=root)
+
+
+def report_experiments(runs: Sequence[Path], out: Path) -> ExperimentFiles:
+    """Write one table of several runs: `experiments.html`, `experiments.csv`."""
+    from qexport.benchmarks.report import build_experiments  # noqa: PLC0415
+
+    return build_experiments([open_run(run).path for run in runs], out)
 
 
 def run_all(
     work: Work, targets: Sequence[str], *, runs: int = 30, warmup: int = 3, threads: int = 1
 ) -> Outcome:
     """Run every stage that is not complete."""
-    for target in targets:
-        find_target(target).require("measure")
-    inspect(work)
+    check_targets(targets, whole_run=True)
     calibrate(work)
     gates: list[Gate] = []
     for target in targets:
@@ -400,26 +359,18 @@ def run_all(
     gates += evaluate(work, targets).gates
     for target in targets:
         gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
-    return Outcome(tuple(gates), report(work))
+    return Outcome(tuple(gates), report(work.path))
 
 
-def exported_targets(path: Path) -> list[str]:
-    """Return the targets that a run holds artifacts of."""
-    return [target.name for target in TARGETS if (path / target.name / MANIFEST).is_file()]
+def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...]:
+    from qexport.benchmarks.complexity import peak_memory  # noqa: PLC0415
 
-
-def runner_of(artifact: Path) -> Any:
-    """Return the class that runs an artifact.
-
-    Raises:
-        ArtifactError: there is no artifact, or one of a target that this version does not know.
-        TargetUnavailable: its runtime is not installed.
-    """
-    target = load_artifact(artifact)[0].target
-    if target not in {known.name for known in TARGETS}:
-        raise ArtifactError(f"{artifact}: made for target {target!r}, which this qexport does not know.")
-    find_target(target).require("run")
-    return _runner(target)
+    memory = []
+    for subject, role in (("artifact", "int8"), ("fp32", "fp32")):
+        command = [sys.executable, "-m", "qexport.runtimes.once", str(folder), role]
+        memory.append(MemoryUse(subject=subject, peak_bytes=peak_memory(command)))
+        step()
+    return tuple(memory)
 
 
 def _runner(target: str) -> Any:

@@ -84,6 +84,20 @@ class RunFolder:
         """Let a stage run again, complete or not."""
         self._record_path(name).unlink(missing_ok=True)
 
+    def discard(self, *names: str) -> None:
+        """Remove what stages wrote, with their records: it was made of something that is being replaced.
+
+        Args:
+            names: of stages; none at all means every stage but `inspect` and `calibrate`.
+        """
+        for record_path in sorted((self.path / STAGES).glob("*.json")):
+            name = record_path.stem
+            if name not in names if names else name in ("inspect", "calibrate"):
+                continue
+            for output in read_json(record_path, StageRecord, RunFolderError).outputs:
+                (self.path / output).unlink(missing_ok=True)
+            record_path.unlink()
+
     def require(self, name: str, command: str) -> Path:
         """Return a file that an earlier stage wrote.
 

@@ -40,9 +40,7 @@ class Subject:
         from qexport.detectors.load import load_detector  # noqa: PLC0415 - torch begins here
 
         weights = self.settings.weights
-        return load_detector(
-            self.settings.model, Path(weights) if weights else None, seed=self.settings.seed
-        )
+        return load_detector(self.settings.model, Path(weights) if weights else None, seed=self.settings.seed)
 
     @cached_property
     def static(self) -> StaticDetector:

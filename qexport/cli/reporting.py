@@ -1,0 +1,51 @@
+"""`report` and `targets`: what a run came to, and what this machine can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qexport.cli import screen, tables
+
+
+def report(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that `qexport run` made.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            show_default=False,
+            help="Where the table of several runs goes. Default: the current folder.",
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a run from what has been measured; of several runs, one table of them all.
+
+    A stage that has not run is named in the report, with its command. Nothing is measured here.
+
+      qexport report runs/mine
+      qexport report runs/min-max runs/mse --out runs/compared
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    if len(run) == 1:
+        if out is not None:
+            raise typer.BadParameter("--out is for several runs; the report of one lies in its folder.")
+        files = pipeline.report(run[0])
+        screen.show(f"report: {files.html}")
+        return
+    written = pipeline.report_experiments(run, out or Path())
+    screen.show(f"table: {written.html}, {written.csv}")
+
+
+def targets() -> None:
+    """List the runtimes qexport lowers to, and what each needs on this machine.
+
+    `export` makes an artifact, `run` uses one, `measure` compares and times it.
+
+      qexport targets
+    """
+    screen.show_table(tables.target_table())

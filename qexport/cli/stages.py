@@ -1,0 +1,174 @@
+"""`calibrate`, `export`, `compare`, `bench` and `evaluate`: one stage of a run at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from qexport.cli import options, screen, tables
+from qexport.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from qexport.work import Work
+
+
+def calibrate(
+    run: options.Run,
+    observer: options.ObserverChange = None,
+    percentile: options.Percentile = None,
+    images: options.ImagesChange = None,
+    calibration_data: options.CalibrationData = None,
+    calibration_split: options.CalibrationSplit = None,
+    keep_float: options.KeepFloat = None,
+    seed: options.SeedChange = None,
+) -> None:
+    """Decide every scale from images, and write the table of encodings.
+
+    An option that is given replaces the run's setting. Artifacts and measurements of the old table are removed.
+
+      qexport calibrate runs/mine
+      qexport calibrate runs/mine --observer mse --images 128 --keep-float 'backbone.body.conv1'
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    work = _resume(
+        run,
+        {
+            "observer": observer,
+            "percentile": percentile,
+            "calibration_images": images,
+            "calibration_data": str(calibration_data) if calibration_data else None,
+            "calibration_split": calibration_split,
+            "keep_float": tuple(keep_float) if keep_float else None,
+            "seed": seed,
+        },
+    )
+    encodings = pipeline.calibrate(work)
+    origin = encodings.calibration
+    screen.show(
+        f"{len(encodings.rows)} rows, {len(encodings.float_rows)} layers float; "
+        f"{origin['observer']} on {origin['images']} images of {origin['dataset']}/{origin['split']}"
+    )
+    screen.show(f"wrote {work.path / 'encodings.json'}; next: qexport export {work.path} --target onnx")
+
+
+def export(run: options.Run, target: options.OneTarget) -> None:
+    """Lower the quantized detector to a runtime; what was written is read back before it is called done.
+
+    Needs the table of encodings: `qexport calibrate` comes first.
+
+      qexport export runs/mine --target onnx
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    pipeline.check_targets([target])
+    work = _resume(run, {})
+    artifact = pipeline.export(work, target)
+    for file in artifact.files:
+        screen.show(f"{work.path / target / file.name}: {file.role}, {file.size_bytes / 1e6:.2f} MB")
+    integer = sum(layer.integer for layer in artifact.layers)
+    screen.show(f"{integer} of {len(artifact.layers)} layers run on integer kernels")
+    screen.show(f"next: qexport compare {work.path} --target {target}")
+
+
+def compare(
+    run: options.Run,
+    target: options.OneTarget,
+    parity_images: options.ParityImagesChange = None,
+    tolerance: options.ToleranceChange = None,
+    max_unmatched: options.MaxUnmatchedChange = None,
+) -> None:
+    """Compare an artifact with the integer reference and the float detector, layer by layer.
+
+    Leaves with exit code 1 and names the layer where a gate fails.
+
+      qexport compare runs/mine --target onnx --parity-images 4
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    pipeline.check_targets([target])
+    work = _resume(
+        run,
+        {"parity_images": parity_images, "tolerance_steps": tolerance, "max_unmatched": max_unmatched},
+    )
+    parity = pipeline.compare(work, target)
+    screen.show_table(tables.parity_table(parity))
+    screen.show(f"wrote {work.path / target / 'parity.json'}")
+    tables.require_gates(parity.gates)
+
+
+def bench(
+    run: options.Run,
+    target: options.OneTarget,
+    runs: options.Runs = 30,
+    warmup: options.Warmup = 3,
+    threads: options.Threads = 1,
+    min_accounted: options.MinAccountedChange = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what this machine has measured before.")
+    ] = False,
+) -> None:
+    """Measure latency, whole and by layer, beside PyTorch and the same runtime in float32; and peak memory.
+
+    The three run in turns, one frame at a time. The parity verdict stands beside every figure.
+
+      qexport bench runs/mine --target onnx --runs 100 --threads 2
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    pipeline.check_targets([target])
+    work = _resume(run, {"min_accounted": min_accounted})
+    profile = pipeline.bench(work, target, runs=runs, warmup=warmup, threads=threads, again=again)
+    screen.show_table(tables.latency_table(work.path, target))
+    screen.show(f"wrote {work.path / target / 'latency.json'}")
+    tables.require_gates(profile.gates)
+
+
+def evaluate(
+    run: options.Run,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            show_default=False,
+            help="Target to measure, may be given several times. Default: every one that was exported.",
+        ),
+    ] = None,
+    max_drop: options.MaxDropChange = None,
+) -> None:
+    """Measure VOC and COCO mAP of the float detector, the quantized reference and the artifacts.
+
+    Leaves with exit code 1 where mAP falls by more than --max-drop.
+
+      qexport evaluate runs/mine
+    """
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    targets = target or pipeline.exported_targets(run)
+    pipeline.check_targets(targets, whole_run=True)
+    work = _resume(run, {"max_drop": max_drop})
+    if not targets:
+        raise RunFolderError(
+            f"{run}: no target was exported. Run `qexport export {run} --target onnx` first."
+        )
+    accuracy = pipeline.evaluate(work, targets)
+    screen.show_table(tables.accuracy_table(accuracy))
+    screen.show(f"wrote {work.path / 'accuracy.json'}")
+    tables.require_gates(accuracy.gates)
+
+
+def _resume(run: Path, changes: dict[str, object]) -> Work:
+    """Open a run; options that were given replace its settings."""
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.run_folder import open_run  # noqa: PLC0415
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    if not given:
+        return pipeline.resume(run, progress=screen.progress)
+    settings = msgspec.structs.replace(open_run(run).settings, **given)
+    options.check_percentile(settings.observer, settings.percentile if "percentile" in given else None)
+    return pipeline.resume(run, settings=settings, command=options.exact_command(), progress=screen.progress)

@@ -1,0 +1,205 @@
+"""The tables that commands print, and the gates that decide their exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from qexport.errors import GateFailed
+from qexport.layers import STAGES, DetectorReport
+from qexport.results import Accuracy, AccuracyReport, Gate, ParityReport
+from qexport.target import TARGETS, Ability, Target
+
+_ABILITIES: tuple[Ability, ...] = ("export", "run", "measure")
+
+
+def require_gates(gates: Sequence[Gate]) -> None:
+    """Go on only where every gate holds.
+
+    Raises:
+        GateFailed: names those that do not, with what was measured and what was asked.
+    """
+    from qexport.benchmarks.report.verdict import describe_gate  # noqa: PLC0415 - `--help` needs none of it
+
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        lines = [
+            f"{gate.subject}: {describe_gate(gate)}" if gate.subject else describe_gate(gate)
+            for gate in failed
+        ]
+        raise GateFailed(f"{len(failed)} of {len(gates)} gates failed. " + "; ".join(lines))
+
+
+def describe_detector(found: DetectorReport) -> str:
+    """Return the detector in one line."""
+    (frame_h, frame_w), (padded_h, padded_w) = found.frame_px, found.padded_px
+    return (
+        f"{found.source}: {found.backbone}, {len(found.labels) - 1} classes, "
+        f"{found.parameters:,} parameters, {found.macs / 1e9:.2f} G MACs; frame {frame_h}x{frame_w}, "
+        f"image {padded_h}x{padded_w}, {found.proposals} proposals, {found.detections} detections"
+    )
+
+
+def layer_table(found: DetectorReport) -> Table:
+    """Return a row for each layer."""
+    table = _table("layer", "call", "kind", "output", ">parameters", ">M MACs", "becomes")
+    for layer in found.layers:
+        table.add_row(
+            layer.path,
+            str(layer.call),
+            layer.op,
+            "x".join(map(str, layer.shape)) or "-",
+            f"{layer.parameters:,}" if layer.parameters else "-",
+            f"{layer.macs / 1e6:,.1f}" if layer.macs else "-",
+            "int8" if layer.quantized else f"float: {layer.reason}",
+        )
+    return table
+
+
+def stage_table(found: DetectorReport) -> Table:
+    """Return the sums of each stage of the detector."""
+    table = _table("stage", ">layers", ">int8", ">parameters", ">M MACs", ">share")
+    for stage in STAGES:
+        layers = [layer for layer in found.layers if layer.stage == stage]
+        if layers:
+            macs = sum(layer.macs for layer in layers)
+            table.add_row(
+                stage,
+                str(len(layers)),
+                str(sum(layer.quantized for layer in layers)),
+                f"{sum(layer.parameters for layer in layers):,}",
+                f"{macs / 1e6:,.1f}",
+                f"{100 * macs / found.macs:.1f} %" if found.macs else "-",
+            )
+    return table
+
+
+def outcome_table(run: Path, targets: Sequence[str]) -> Table:
+    """Return a row for each target of a run: what it costs and what it brings."""
+    from qexport.benchmarks.report.formats import smaller, speed  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.benchmarks.report.stages import read_run  # noqa: PLC0415
+    from qexport.benchmarks.report.tables import speedup, worst_layer  # noqa: PLC0415
+    from qexport.benchmarks.report.verdict import parity_verdict  # noqa: PLC0415
+
+    results = read_run(run)
+    table = _table("target", "VOC mAP, float to int8", "worst layer", "latency", "size", "parity", "verdict")
+    before = _accuracy(results.accuracy, "eager")
+    for one in results.targets:
+        if one.target not in targets:
+            continue
+        after, layer = (
+            _accuracy(results.accuracy, one.target),
+            worst_layer(one.parity) if one.parity else None,
+        )
+        size = one.complexity
+        gates = [
+            *(one.parity.gates if one.parity else ()),
+            *(
+                gate
+                for gate in (results.accuracy.gates if results.accuracy else ())
+                if gate.subject == one.target
+            ),
+            *(one.latency.gates if one.latency else ()),
+        ]
+        failed = [gate.name for gate in gates if not gate.passed]
+        table.add_row(
+            one.target,
+            f"{100 * before.voc_map50:.1f} to {100 * after.voc_map50:.1f}" if before and after else "-",
+            f"{layer.path}, {layer.sqnr_fp32_db:.1f} dB" if layer and layer.sqnr_fp32_db is not None else "-",
+            f"{speed(speedup(one.latency, 'eager'))} than eager" if one.latency else "-",
+            smaller(size.float_bytes / size.artifact_bytes) if size else "-",
+            parity_verdict(one.parity).text.removeprefix("parity "),
+            f"failed: {', '.join(failed)}" if failed else f"ok, {len(gates)} gates",
+        )
+    return table
+
+
+def parity_table(parity: ParityReport) -> Table:
+    """Return a row for each gate, and one for the worst layer."""
+    from qexport.benchmarks.report.tables import status_counts, worst_layer  # noqa: PLC0415
+
+    table = _gate_table(parity.gates)
+    worst = worst_layer(parity)
+    if worst is not None and worst.sqnr_fp32_db is not None:
+        table.add_row("worst layer", f"{worst.sqnr_fp32_db:.1f} dB against float", "", worst.path, "")
+    counts = ", ".join(
+        f"{count} {status.replace('_', ' ')}" for status, count in status_counts(parity).items()
+    )
+    table.caption = f"{parity.images} images; layers: {counts}"
+    return table
+
+
+def latency_table(run: Path, target: str) -> Table:
+    """Return a row for each subject that was run in turns; the parity verdict stands in every row."""
+    from qexport.benchmarks.report.stages import read_run  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.benchmarks.report.verdict import parity_verdict  # noqa: PLC0415
+
+    table = _table("subject", ">p50 ms", ">p90 ms", ">p99 ms", ">mean ms", ">std ms", ">peak MB", "parity")
+    for one in read_run(run).targets:
+        if one.target != target or one.latency is None:
+            continue
+        verdict = parity_verdict(one.parity).text.removeprefix("parity ")
+        memory = {use.subject: f"{use.peak_bytes / 1e6:.0f}" for use in one.memory or ()}
+        for subject, stats in one.latency.whole.items():
+            times = (stats.p50_ms, stats.p90_ms, stats.p99_ms, stats.mean_ms, stats.std_ms)
+            shown = verdict if subject == "artifact" else f"baseline; artifact: {verdict}"
+            table.add_row(subject, *(f"{time:.2f}" for time in times), memory.get(subject, "-"), shown)
+        table.caption = (
+            f"{one.latency.machine.processor}, {one.latency.machine.measured_on}, "
+            f"{one.latency.threads} threads; layers account for {100 * one.latency.accounted_share:.1f} %"
+        )
+    return table
+
+
+def accuracy_table(accuracy: AccuracyReport) -> Table:
+    """Return a row for each subject."""
+    table = _table(
+        "subject", ">VOC mAP 0.5", ">COCO mAP", ">COCO 0.5", ">COCO 0.75", ">VOC drop", ">COCO drop"
+    )
+    eager = _accuracy(accuracy, "eager")
+    for one in accuracy.subjects:
+        figures = (one.voc_map50, one.coco_map, one.coco_map50, one.coco_map75)
+        drops = (eager.voc_map50 - one.voc_map50, eager.coco_map - one.coco_map) if eager else ()
+        table.add_row(one.subject, *(f"{100 * figure:.2f}" for figure in (*figures, *drops)))
+    table.caption = (
+        f"{accuracy.dataset}/{accuracy.split}: {accuracy.images} images, {accuracy.objects} objects, "
+        f"{accuracy.dropped_boxes} boxes dropped; points of 100"
+    )
+    return table
+
+
+def target_table() -> Table:
+    """Return a row for each target: what can be done with it here."""
+    table = _table("target", *_ABILITIES, "what it is")
+    for target in TARGETS:
+        table.add_row(target.name, *(_ability(target, ability) for ability in _ABILITIES), target.summary)
+    return table
+
+
+def _ability(target: Target, ability: Ability) -> str:
+    missing = target.missing(ability)
+    return f"no {', '.join(missing)}: {target.install_command(ability)}" if missing else "yes"
+
+
+def _accuracy(report: AccuracyReport | None, subject: str) -> Accuracy | None:
+    return next((one for one in (report.subjects if report else ()) if one.subject == subject), None)
+
+
+def _gate_table(gates: Sequence[Gate]) -> Table:
+    table = _table("gate", "measured", "asked", "where", "")
+    for gate in gates:
+        table.add_row(gate.name, gate.measured, gate.limit, gate.culprit, "ok" if gate.passed else "failed")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Return an empty table; a column whose name begins with `>` is aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return table
