@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 from qexport.artifact import InputSpec
@@ -327,7 +328,5 @@ def _input_spec(
 
 
 def _image_list(spec: InputSpec) -> object:
-    from torchvision.models.detection.image_list import ImageList
-
     image = torch.zeros(1, 3, spec.padded_height_px, spec.padded_width_px)
     return ImageList(image, [(spec.resized_height_px, spec.resized_width_px)])

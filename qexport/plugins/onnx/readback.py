@@ -91,7 +91,9 @@ def read_back(
 
 def _is_layer(key: str, node: Node, kept_float: set[tuple[str, int]]) -> bool:
     return (
-        key != IMAGE_KEY and op_name(base_of(argument_node(node))) not in SHAPE_ONLY and _site(key) not in kept_float
+        key != IMAGE_KEY
+        and op_name(base_of(argument_node(node))) not in SHAPE_ONLY
+        and _site(key) not in kept_float
     )
 
 
