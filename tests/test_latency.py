@@ -15,16 +15,13 @@ from qexport.artifact import describe_file, load_artifact, save_artifact
 from qexport.benchmarks import eager_profile, onnx_kernels
 from qexport.benchmarks.eager_profile import ModuleClock, assign_rows, image_of, torch_threads
 from qexport.benchmarks.latency import (
-    PathCost,
     accounted_share,
-    build_rows,
     count_steps,
     interleave,
-    kind_of_path,
     measure_latency,
-    sum_by_path,
     summarise,
 )
+from qexport.benchmarks.latency_rows import PathCost, build_rows, kind_of_path, sum_by_path
 from qexport.benchmarks.machine import describe_machine, processor_name, temperature_c
 from qexport.calibration.calibrator import calibrate
 from qexport.detectors.demo.scenes import draw_scene
@@ -158,7 +155,9 @@ def test_sum_by_path_several_calls_and_runs_gives_the_median_of_sums() -> None:
     assert costs["a"].median_ms == 8.0
     assert costs["a"].kernels == pytest.approx({"QLinearConv": 70.0, "Transpose": 1.0})
     assert costs["b"].median_ms == 0.5
-    assert accounted_share(runs[:2]) == pytest.approx((0.45 + 0.85) / 2)
+    assert accounted_share(runs[:2], between_ms=0.0) == pytest.approx((0.45 + 0.85) / 2)
+    assert accounted_share(runs[:1], between_ms=0.25) == pytest.approx(4.5 / 9)
+    assert accounted_share(runs[1:2], between_ms=1.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -193,6 +192,10 @@ def test_build_rows_path_of_a_baseline_alone_has_a_row_without_a_reduction() -> 
     ]
     assert (rows[1].artifact_ms, rows[1].eager_ms, rows[1].kernels) == (0.0, 0.3, ())
     assert rows[0].fp32_ms is None
+
+
+def test_time_between_kernels_this_runtime_is_far_below_a_millisecond() -> None:
+    assert 0.0 < onnx_kernels.time_between_kernels_ms(1) < 0.5
 
 
 # Eager modules

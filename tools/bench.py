@@ -29,7 +29,8 @@ from qexport import pipeline
 from qexport.benchmarks import detect
 from qexport.benchmarks.accuracy import evaluate
 from qexport.benchmarks.eager_profile import infer_eager, torch_threads
-from qexport.benchmarks.latency import build_rows, interleave, profile_artifact, summarise
+from qexport.benchmarks.latency import interleave, profile_artifact, summarise
+from qexport.benchmarks.latency_rows import build_rows
 from qexport.benchmarks.machine import describe_machine
 from qexport.benchmarks.peers import Peer, export_torchvision, quantize_recipe, ratio_of_medians
 from qexport.detections import Detections

@@ -27,7 +27,7 @@ class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     layers: tuple[LayerLatency, ...]
     """The artifact by module path, profiled on the first frame."""
     accounted_share: float
-    """Sum of the layers over the profiled run."""
+    """Sum of the layers over the profiled run, less the profiler's own time between kernels."""
 
 
 class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,7 +104,8 @@ def _stages(turns: Turns) -> list[str]:
         *_table(["stage", "ms", "%"], rows),
         "",
         f"The largest that are not convolutions: {named}. "
-        f"Kernels add up to {100 * turns.accounted_share:.1f} % of a profiled run.",
+        f"Kernels add up to {100 * turns.accounted_share:.1f} % of a profiled run, less the profiler's own "
+        "time between kernels.",
     ]
 
 
