@@ -147,9 +147,10 @@ class LatencyProfile(_Result, frozen=True, forbid_unknown_fields=True, kw_only=T
     fps: float
     layers: tuple[LayerLatency, ...]
     profiled_whole_ms: float
-    """Median of a whole run while profiling: what the layers must add up to."""
+    """Median of a whole run while profiling, less what the profiler itself takes between kernels: what the
+    layers must add up to."""
     accounted_share: float
-    """Sum of the layers over `profiled_whole_ms`."""
+    """Sum of the layers over that whole, run by run; the median."""
     gates: tuple[Gate, ...]
 
 

@@ -12,7 +12,7 @@ from onnx import NodeProto, helper
 from torch import Tensor, nn
 
 from qexport.artifact import describe_file, load_artifact, save_artifact
-from qexport.benchmarks import eager_profile, onnx_kernels
+from qexport.benchmarks import eager_profile
 from qexport.benchmarks.eager_profile import ModuleClock, assign_rows, image_of, torch_threads
 from qexport.benchmarks.latency import (
     accounted_share,
@@ -33,6 +33,7 @@ from qexport.layers import Kind, Layer, stage_of
 from qexport.quantization.inspection import inspect_layers
 from qexport.quantization.reference import quantize
 from qexport.results import LatencyProfile
+from qexport.runtimes import onnx_kernels
 from qexport.runtimes.onnx import OnnxRunner
 from qexport.runtimes.runner import KernelTime, ProfiledRun
 
@@ -179,13 +180,19 @@ def test_kind_of_path_layer_then_costliest_kernel_decides(
         _layer(1, "backbone.fpn", "resize"),
         _layer(2, "backbone.fpn", "elementwise"),
     ]
-    assert kind_of_path(path, stage_of(path), kernels, layers) == expected
+    assert kind_of_path(path, stage_of(path), kernels, layers, onnx_kernels.kind_of_kernel) == expected
 
 
 def test_build_rows_path_of_a_baseline_alone_has_a_row_without_a_reduction() -> None:
     paths = {"backbone.body.conv1": PathCost(2.0, {"QLinearConv": 2.0})}
     layers = [_layer(0, "backbone.body.conv1", "convolution")]
-    rows = build_rows(paths, layers, eager={"backbone.body.conv1": 8.0, "detector": 0.3}, fp32=None)
+    rows = build_rows(
+        paths,
+        layers,
+        onnx_kernels.kind_of_kernel,
+        eager={"backbone.body.conv1": 8.0, "detector": 0.3},
+        fp32=None,
+    )
     assert [(row.order, row.path, row.reduction_percent) for row in rows] == [
         (0, "backbone.body.conv1", 75.0),
         (1, "detector", None),

@@ -193,7 +193,7 @@ def _take_turns(
         faster_than_eager={name: ratio_of_medians(times[EAGER], times[name]) for name in CONTENDERS},
         ours_faster_than={name: ratio_of_medians(times[name], times[OURS]) for name in CONTENDERS},
         times_ms=times,
-        layers=build_rows(profile.paths, layers, eager=None, fp32=None),
+        layers=build_rows(profile.paths, layers, ours.kind_of, eager=None, fp32=None),
         accounted_share=profile.accounted_share,
     )
 

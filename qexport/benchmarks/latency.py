@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from qexport.artifact import Artifact
 from qexport.benchmarks.latency_rows import PathCost, build_rows, order_of, sum_by_path
 from qexport.benchmarks.machine import describe_machine
-from qexport.benchmarks.onnx_kernels import kernel_owners, time_between_kernels_ms
 from qexport.errors import QexportError
 from qexport.layers import Layer
 from qexport.results import Gate, LatencyProfile, LatencyStats
@@ -99,7 +98,7 @@ def measure_latency(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         whole=whole,
         fps=1000 / whole[ARTIFACT].p50_ms,
-        layers=build_rows(profile.paths, layers, eager=eager_ms, fp32=fp32_ms),
+        layers=build_rows(profile.paths, layers, int8.kind_of, eager=eager_ms, fp32=fp32_ms),
         profiled_whole_ms=profile.whole_ms,
         accounted_share=profile.accounted_share,
         gates=(_gate(profile, min_accounted, int8.artifact.target),),
@@ -182,7 +181,7 @@ def profile_artifact(
     """Profile an artifact on one frame and sum its kernels by module path."""
     profiled = runner.profile(runner.input_of(frame), warmup=warmup, runs=runs)
     costs = sum_by_path(profiled, _owners(runner, profiled, None))
-    between_ms = time_between_kernels_ms(runner.threads)
+    between_ms = runner.between_kernels_ms()
     return ArtifactProfile(
         paths={path: costs[path] for path in sorted(costs, key=order_of(list(costs), layers))},
         whole_ms=median(whole_to_explain_ms(run, between_ms) for run in profiled),
@@ -280,7 +279,7 @@ def _report(on_run: Callable[[], None], runs: int) -> None:
 
 def _owners(runner: Runner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None) -> dict[str, str]:
     """Return the module path of every kernel that ran."""
-    owners = kernel_owners(runner.path, rows)
+    owners = runner.kernel_owners(rows)
     missing = sorted({kernel.name for run in profiled for kernel in run.kernels} - owners.keys())
     if missing:
         raise QexportError(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from qexport.benchmarks.onnx_kernels import kind_of_kernel
 from qexport.layers import STAGES, Kind, Layer, Stage, stage_of
 from qexport.results import LayerLatency
 from qexport.runtimes.runner import ProfiledRun
@@ -48,6 +47,7 @@ def sum_by_path(profiled: Sequence[ProfiledRun], owners: Mapping[str, str]) -> d
 def build_rows(
     paths: Mapping[str, PathCost],
     layers: Sequence[Layer],
+    kind_of: Callable[[str], Kind],
     *,
     eager: Mapping[str, float] | None,
     fp32: Mapping[str, float] | None,
@@ -59,6 +59,7 @@ def build_rows(
     Args:
         paths: the artifact's, in order.
         layers: the static detector's, for the kinds.
+        kind_of: the runtime's word on a kernel type.
         eager: by path, ms; None where it was not measured.
         fp32: likewise.
     """
@@ -75,7 +76,7 @@ def build_rows(
                 order=order,
                 path=path,
                 stage=stage,
-                kind=kind_of_path(path, stage, cost.kernels, layers),
+                kind=kind_of_path(path, stage, cost.kernels, layers, kind_of),
                 kernels=tuple(sorted(cost.kernels)),
                 artifact_ms=cost.median_ms,
                 eager_ms=eager_ms,
@@ -86,7 +87,13 @@ def build_rows(
     return tuple(rows)
 
 
-def kind_of_path(path: str, stage: Stage, kernels: Mapping[str, float], layers: Sequence[Layer]) -> Kind:
+def kind_of_path(
+    path: str,
+    stage: Stage,
+    kernels: Mapping[str, float],
+    layers: Sequence[Layer],
+    kind_of: Callable[[str], Kind],
+) -> Kind:
     """Return the one kind of a path: its layer's, else that of the kernel type that costs most.
 
     Args:
@@ -94,6 +101,7 @@ def kind_of_path(path: str, stage: Stage, kernels: Mapping[str, float], layers: 
         stage: its stage; RoIAlign is RoIAlign, whatever kernels a target makes of it.
         kernels: cost of each kernel type, ms.
         layers: the static detector's.
+        kind_of: the runtime's word on a kernel type.
     """
     declared = {layer.kind for layer in layers if layer.path == path}
     if len(declared) == 1:
@@ -102,7 +110,7 @@ def kind_of_path(path: str, stage: Stage, kernels: Mapping[str, float], layers: 
         return "roi_align"
     costs: defaultdict[Kind, float] = defaultdict(float)
     for kernel, cost_ms in kernels.items():
-        kind = kind_of_kernel(kernel)
+        kind = kind_of(kernel)
         if not declared or kind in declared:
             costs[kind] += cost_ms
     return max(costs, key=lambda kind: costs[kind]) if costs else "other"

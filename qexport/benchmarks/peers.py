@@ -29,7 +29,7 @@ from torch import nn
 from qexport.detections import Detections
 from qexport.errors import ExportError
 from qexport.files import whole_file
-from qexport.runtimes.onnx import make_session
+from qexport.runtimes.onnx_session import make_session
 
 QUANTIZED_OPERATORS = ("Conv", "Gemm", "MatMul", "Add", "Relu")
 """The operators that the recipe quantizes: those of the feature maps that have integer kernels."""

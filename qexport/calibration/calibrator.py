@@ -49,7 +49,7 @@ SCHEME = "int8-symmetric-per-channel"
 
 def calibrate(
     static: StaticDetector,
-    frames: Iterable[NDArray[np.uint8]],
+    frames: Iterable[NDArray[np.generic]],
     *,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,

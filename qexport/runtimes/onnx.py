@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import ArtifactError, TargetUnavailable
+from qexport.layers import Kind
+from qexport.runtimes.onnx_session import make_session, with_outputs
 from qexport.runtimes.runner import KernelTime, ProfiledRun, Runner
 
 if TYPE_CHECKING:
@@ -58,62 +59,28 @@ class OnnxRunner(Runner):
             events = json.loads(Path(session.end_profiling()).read_text())
         return _profiled_runs(events)[warmup:]
 
+    def kernel_owners(self, rows: Collection[str] | None = None) -> dict[str, str]:
+        """Ask the graph that ONNX Runtime really runs."""
+        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
+
+        return onnx_kernels.kernel_owners(self.path, rows)
+
+    def kind_of(self, kernel: str) -> Kind:
+        """Look the kernel type up."""
+        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
+
+        return onnx_kernels.kind_of_kernel(kernel)
+
+    def between_kernels_ms(self) -> float:
+        """Measure on a chain of operators that do nothing."""
+        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
+
+        return onnx_kernels.time_between_kernels_ms(self.threads)
+
     def _probe(self, tensors: tuple[str, ...]) -> onnxruntime.InferenceSession:
         if tensors not in self._probes:
             self._probes[tensors] = make_session(with_outputs(self.path, tensors), threads=self.threads)
         return self._probes[tensors]
-
-
-def make_session(
-    model: Path | bytes, *, threads: int = 1, profile: Path | None = None, optimized: Path | None = None
-) -> onnxruntime.InferenceSession:
-    """Return a session on the CPU.
-
-    Args:
-        model: a file, or a serialized model.
-        threads: threads within an operator.
-        profile: prefix of the profile file to write.
-        optimized: where to write the graph that will really run.
-
-    Raises:
-        TargetUnavailable: onnxruntime is not installed.
-        ArtifactError: ONNX Runtime does not accept the model.
-    """
-    try:
-        import onnxruntime  # noqa: PLC0415 - the runtime is imported where it is used
-    except ImportError as error:
-        raise TargetUnavailable(
-            "onnxruntime is not installed: pip install 'qexport[onnx-runtime]' to run artifacts, "
-            "'qexport[all]' to make them."
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # warnings are about graph constants that it folds anyway
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    source = str(model) if isinstance(model, Path) else model
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own classes, all of them straight below Exception
-        where = model if isinstance(model, Path) else "the model"
-        raise ArtifactError(f"{where}: ONNX Runtime refuses it: {error}. Export again.") from error
-
-
-def with_outputs(path: Path, tensors: Sequence[str]) -> bytes:
-    """Return the model with more outputs, serialized. Needs the onnx package: this is for the workstation."""
-    import onnx  # noqa: PLC0415 - the workstation has it, a board need not
-
-    model = onnx.load(path)
-    present = {output.name for output in model.graph.output}
-    for name in tensors:
-        if name not in present:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def _profiled_runs(events: list[dict[str, Any]]) -> list[ProfiledRun]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing_extensions import Self
 from qexport.artifact import Artifact, InputSpec, load_artifact
 from qexport.detections import Detections
 from qexport.errors import DatasetError
+from qexport.layers import Kind
 from qexport.runtimes.preprocess import normalised_image
 
 
@@ -109,6 +110,23 @@ class Runner(ABC):
     @abstractmethod
     def profile(self, array: NDArray[np.generic], *, warmup: int, runs: int) -> list[ProfiledRun]:
         """Run with every kernel timed."""
+
+    @abstractmethod
+    def kernel_owners(self, rows: Collection[str] | None = None) -> dict[str, str]:
+        """Return the module path of every kernel that the runtime runs, by the kernel's name.
+
+        Args:
+            rows: for a baseline: the artifact's paths. What the artifact has fused away goes to the path that
+                it was fused into.
+        """
+
+    @abstractmethod
+    def kind_of(self, kernel: str) -> Kind:
+        """Return the kind of work that a kernel type does."""
+
+    @abstractmethod
+    def between_kernels_ms(self) -> float:
+        """Return what the runtime's profiler itself takes between two kernels, ms, measured."""
 
 
 def check_frame(frame: NDArray[np.uint8], spec: InputSpec) -> None:

@@ -14,7 +14,7 @@ from qexport.encodings import Encodings
 from qexport.errors import ExportError
 from qexport.quantization.graph import IMAGE_KEY, argument_node, base_of, op_name
 from qexport.quantization.quantizer import SHAPE_ONLY, UNARY
-from qexport.runtimes.onnx import make_session
+from qexport.runtimes.onnx_session import make_session
 
 INTEGER_KERNELS = frozenset(
     {
@@ -138,7 +138,8 @@ def _is_integer(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -
 
 
 def _site(name: str) -> tuple[str, int]:
-    path, _, call = name.partition("/")[0].partition("@")
+    # ONNX Runtime puts "fused " before the name of a float operator that it joined with an activation.
+    path, _, call = name.removeprefix("fused ").partition("/")[0].partition("@")
     return path, int(call or 0)
 
 

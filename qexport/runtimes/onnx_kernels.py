@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from qexport.layers import Kind
-from qexport.runtimes.onnx import make_session
+from qexport.runtimes.onnx_session import make_session
 
 NOWHERE = "detector"
 """Path of a kernel that no module can be found for."""
