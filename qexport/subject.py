@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +34,15 @@ class Subject:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    def resolved(self) -> Settings:
+        """Return the settings with what was left open decided: the splits and the frame's size."""
+        return msgspec.structs.replace(
+            self.settings,
+            split=self.evaluation.split,
+            calibration_split=self.calibration.split,
+            frame_px=self.frame_px,
+        )
 
     @cached_property
     def loaded(self) -> LoadedDetector:
