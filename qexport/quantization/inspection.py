@@ -24,6 +24,7 @@ from qexport.quantization.graph import (
 )
 from qexport.quantization.observers import ChannelMax, MagnitudeHistogram
 from qexport.quantization.quantizer import (
+    FLOAT_STAGES,
     QUANTIZED_STAGES,
     SHAPE_ONLY,
     SymmetricInt8Quantizer,
@@ -83,7 +84,7 @@ def inspect_layers(static: StaticDetector, *, keep_float: tuple[str, ...] = ()) 
         if stage not in QUANTIZED_STAGES:
             if stage not in whole_stages:
                 whole_stages.add(stage)
-                layers.append(_whole_stage(len(layers), node, reasons))
+                layers.append(_whole_stage(len(layers), node))
             continue
         if op in SHAPE_ONLY or not is_float(node) or (op in ACTIVATIONS and base_of(node) is not node):
             continue
@@ -111,7 +112,7 @@ def inspect_layers(static: StaticDetector, *, keep_float: tuple[str, ...] = ()) 
     return tuple(layers)
 
 
-def _whole_stage(order: int, node: Node, reasons: dict[tuple[str, int, str], str]) -> Layer:
+def _whole_stage(order: int, node: Node) -> Layer:
     site = site_of(node)
     stage = stage_of(site.path)
     return Layer(
@@ -125,9 +126,7 @@ def _whole_stage(order: int, node: Node, reasons: dict[tuple[str, int, str], str
         parameters=0,
         macs=0,
         quantized=False,
-        reason=reasons.get(
-            (site.path, site.call, ""), "values are coordinates or probabilities, not features"
-        ),
+        reason=FLOAT_STAGES[stage],
     )
 
 

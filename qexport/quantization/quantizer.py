@@ -40,6 +40,12 @@ from qexport.quantization.graph import (
 from qexport.quantization.observers import Preset
 
 QUANTIZED_STAGES: frozenset[Stage] = frozenset({"trunk", "fpn", "rpn_head", "roi_align", "box_head"})
+FLOAT_STAGES: dict[Stage, str] = {
+    "preprocess": "pixels before the first quantizer",
+    "proposals": "box arithmetic, top-k and NMS: values are coordinates and ranks, not features",
+    "detections": "box arithmetic, softmax and NMS: values are coordinates and probabilities, not features",
+}
+"""The stages that stay float as a whole, and why."""
 WEIGHTED = ("conv2d", "linear")
 BINARY = ("add", "mul")
 OWN_SCALE = ("adaptive_avg_pool2d", "avg_pool2d", "mean", "multiscale_roi_align")
@@ -119,7 +125,7 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
         """Annotate one node; return why not, where it stays float."""
         op = op_name(node)
         if not _in_quantized_stage(node):
-            return f"{stage_of(site_of(node).path)}: values are coordinates or probabilities, not features"
+            return FLOAT_STAGES[stage_of(site_of(node).path)]
         if op in WEIGHTED:
             source, weight = argument_node(node), argument_node(node, 1)
             spec = {source: self._output_spec(source), weight: self._weight(weight_key(node))}
