@@ -168,14 +168,15 @@ def export(work: Work, target: str) -> Artifact:
     encodings = work.encodings  # checked, also where the artifact is there already
 
     def write() -> None:
+        quantized = work.quantized
         work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
         with work.progress(f"export {target}", 2) as step:
-            artifact = exporter.export(work.quantized, encodings, folder, labels=subject.labels)
+            artifact = exporter.export(quantized, encodings, folder, labels=subject.labels)
             step()
             complexity = count_complexity(
                 subject.static,
                 (subject.static.example_input(),),
-                weight_codes=work.quantized.weight_codes(),
+                weight_codes=quantized.weight_codes(),
                 float_bytes=artifact.file("fp32").size_bytes,
                 artifact_bytes=artifact.file("int8").size_bytes,
             )

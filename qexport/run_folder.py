@@ -149,6 +149,18 @@ def create_run(path: Path, record: RunRecord) -> RunFolder:
                 "Choose another --out, or delete that folder."
             )
         return run
+    require_free(path)
+    write_json(path / RUN_FILE, record)
+    _remove_partial_files(path)
+    return RunFolder(path, record)
+
+
+def require_free(path: Path) -> None:
+    """Refuse a folder in which something else lies.
+
+    Raises:
+        RunFolderError: it holds files that are no run's.
+    """
     try:
         others = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     except OSError as error:
@@ -159,9 +171,6 @@ def create_run(path: Path, record: RunRecord) -> RunFolder:
         raise RunFolderError(
             f"{path} holds something that is not a run of qexport ({others[0]}). Choose another --out."
         )
-    write_json(path / RUN_FILE, record)
-    _remove_partial_files(path)
-    return RunFolder(path, record)
 
 
 def holds_run(path: Path) -> bool:

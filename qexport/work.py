@@ -17,7 +17,7 @@ from qexport.artifact import MANIFEST, Artifact, load_artifact
 from qexport.encodings import Encodings, load_encodings
 from qexport.errors import ArtifactError, EncodingsError, RunFolderError, TargetUnavailable
 from qexport.files import sha256_json
-from qexport.run_folder import RunFolder, change_record, create_run, holds_run, open_run
+from qexport.run_folder import RunFolder, change_record, create_run, holds_run, open_run, require_free
 from qexport.settings import RunRecord, Settings
 from qexport.subject import Subject
 from qexport.target import TARGETS, find_target
@@ -144,9 +144,11 @@ def start(path: Path, settings: Settings, *, command: str = "", progress: Progre
     """
     _require_torch()
     taken_up = holds_run(path)
+    if not taken_up:
+        require_free(path)  # said before the detector is loaded
     subject = Subject(settings)
     record = RunRecord(
-        settings=settings,
+        settings=subject.resolved(),
         weights_sha256=subject.loaded.weights_sha256,
         dataset_name=subject.evaluation.name,
         dataset_sha256=subject.dataset_sha256,
@@ -187,7 +189,7 @@ def resume(
             "started. Put them back, or start a new run with another --out."
         )
     if changed:
-        _check(subject, progress)
+        _check(subject, progress, layers=subject.settings.keep_float != record.settings.keep_float)
         record = msgspec.structs.replace(
             record,
             settings=subject.settings,
@@ -202,9 +204,10 @@ def resume(
     return Work(change_record(folder, _in_these_versions(record)), subject, progress)
 
 
-def _check(subject: Subject, progress: Progress) -> None:
+def _check(subject: Subject, progress: Progress, *, layers: bool = True) -> None:
     """Find out now what would otherwise stop a stage in the middle of the run."""
-    _ = subject.layers
+    if layers:
+        _ = subject.layers
     samples = subject.used_samples()
     subject.parity_samples()
     with progress("read images", len(samples)) as step:

@@ -36,7 +36,7 @@ DEVICE_MODULES = (
     ),
     *sorted(f"qexport.runtimes.{path.stem}" for path in (PACKAGE / "runtimes").glob("[!_]*.py")),
 )
-HAS_CLI = (PACKAGE / "cli.py").is_file()
+HAS_CLI = (PACKAGE / "cli").is_dir()
 CAMERA_SEED = (11, 0, 0)
 
 # What only a workstation has. The finder that looks through sys.path does not find it here.

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
+from qexport.errors import QexportError
+
 _DETECTOR = "Detector and data"
 _CALIBRATION = "Calibration"
 _SHAPE = "Shapes, fixed at export"
@@ -20,9 +22,7 @@ def parse_frame(text: str) -> tuple[int, int]:
     """Return height and width of `480x640`."""
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise typer.BadParameter(
-            f"{text!r} is no frame size; expected HEIGHTxWIDTH in pixels, as in 480x640."
-        )
+        raise QexportError(f"--frame {text}: no frame size; expected HEIGHTxWIDTH in pixels, as in 480x640.")
     return int(height), int(width)
 
 
@@ -30,14 +30,14 @@ def parse_classes(text: str) -> tuple[str, ...]:
     """Return the names in `bolt,nut,washer`."""
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
-        raise typer.BadParameter(f"{text!r} has an empty name; expected names with commas between them.")
+        raise QexportError(f"--classes {text}: an empty name; expected names with commas between them.")
     return names
 
 
 def check_percentile(observer: str, percentile: float | None) -> None:
     """Refuse a percentile that nobody would look at."""
     if percentile is not None and observer != "percentile":
-        raise typer.BadParameter(
+        raise QexportError(
             f"--percentile is for --observer percentile; the observer is {observer}. Give both, or neither."
         )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qexport.cli import screen, tables
+from qexport.errors import QexportError
 
 
 def report(
@@ -33,7 +34,7 @@ def report(
 
     if len(run) == 1:
         if out is not None:
-            raise typer.BadParameter("--out is for several runs; the report of one lies in its folder.")
+            raise QexportError("--out is for several runs; the report of one lies in its folder.")
         files = pipeline.report(run[0])
         screen.show(f"report: {files.html}")
         return
