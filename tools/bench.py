@@ -29,7 +29,7 @@ from qexport import pipeline
 from qexport.benchmarks import detect
 from qexport.benchmarks.accuracy import evaluate
 from qexport.benchmarks.eager_profile import infer_eager, torch_threads
-from qexport.benchmarks.latency import interleave, profile_artifact, summarise
+from qexport.benchmarks.latency import SETTLE_S, interleave, profile_artifact, summarise
 from qexport.benchmarks.latency_rows import build_rows
 from qexport.benchmarks.machine import describe_machine
 from qexport.benchmarks.peers import Peer, export_torchvision, quantize_recipe, ratio_of_medians
@@ -44,8 +44,6 @@ from qexport.settings import Settings
 from qexport.versions import package_versions
 
 TARGET = "onnx"
-SETTLE_S = 0.005
-"""Pause before each run, in which the threads of the contender before go to sleep."""
 
 Frame = NDArray[np.uint8]
 

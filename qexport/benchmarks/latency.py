@@ -35,9 +35,10 @@ ARTIFACT, FP32, EAGER = "artifact", "fp32", "eager"
 GATE = "latency accounted"
 
 _INT8_ROLE, _FP32_ROLE = "int8", "fp32"
-_SETTLE_S = 0.005
-"""Pause before each run with several threads: the pool of the runtime that ran last spins on for a few
-milliseconds before it sleeps, and would take a core from the next."""
+SETTLE_S = 0.1
+"""Pause before each run with several threads: the pool of the runtime that ran last spins on for tens of
+milliseconds before it sleeps, and would take a core from the next. Measured on two cores: with 10 ms between
+runs a detector took 39 ms, with 30 ms or more 24 ms."""
 
 
 def measure_latency(
@@ -81,7 +82,7 @@ def measure_latency(
         if _has_fp32(int8.artifact):
             fp32 = stack.enter_context(runner(artifact, role=_FP32_ROLE, threads=threads))
         contenders = _contenders(int8, fp32, detector, own_frame)
-        settle_s = _SETTLE_S if threads > 1 else 0.0
+        settle_s = SETTLE_S if threads > 1 else 0.0
         times = interleave(contenders, warmup=warmup, runs=runs, settle_s=settle_s, on_run=on_run)
         profile = profile_artifact(int8, own_frame, layers, warmup=warmup, runs=runs)
         _report(on_run, runs)
