@@ -130,6 +130,26 @@ def check_classes(dataset: Dataset, num_classes: int, detector: str) -> None:
     )
 
 
+def check_names(dataset: Dataset, labels: tuple[str, ...], detector: str) -> None:
+    """Check that the classes of a dataset have the names that the detector gives them, letter case aside.
+
+    Args:
+        dataset: the dataset, its number of classes checked.
+        labels: the detector's class names, background first; `N/A` matches anything.
+        detector: its name, for the message.
+
+    Raises:
+        DatasetError: a label has another name there: detector and dataset do not belong together.
+    """
+    for label, (theirs, own) in enumerate(zip(dataset.classes, labels, strict=False)):
+        if label and "N/A" not in (theirs, own) and theirs.casefold() != own.casefold():
+            raise DatasetError(
+                f"{dataset.root}: label {label} is {theirs!r} in the dataset and {own!r} in the detector "
+                f"{detector}. Use the dataset that the detector was trained on; where only the names differ, "
+                f"confirm them with --classes {','.join(dataset.classes[1:])}."
+            )
+
+
 def _recognise(root: Path) -> Format:
     if root.is_file():
         if root.suffix == ".json":

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.dataset import check_classes, load_dataset, require_boxes, splits_of
+from qexport.dataset import check_classes, check_names, load_dataset, require_boxes, splits_of
 from qexport.errors import DatasetError
 from qexport.files import sha256_json
 from qexport.frames import frame_size, read_sample
@@ -79,6 +79,8 @@ class Subject:
         dataset = self._load(root, split or _first(root, _EVALUATION_SPLITS))
         require_boxes(dataset)
         check_classes(dataset, self.loaded.num_classes, self.settings.model)
+        if self.loaded.named_labels and not self.settings.classes:
+            check_names(dataset, self.loaded.labels, self.settings.model)
         return dataset
 
     @cached_property
