@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 Frame = NDArray[np.uint8]
 BCCD = Path(__file__).parents[2] / "shared"
 CALIBRATION_SEED, TEST_SEED = 41, 42
+KEPT_FLOAT = ("backbone.body.conv1", "roi_heads.box_head", "*.downsample.0", "rpn.head.bbox_pred")
+"""By path, by what is above it, by glob, and a layer that is called once per level."""
+KEPT_FLOAT_PATHS = {
+    "backbone.body.conv1",
+    "roi_heads.box_head.fc6",
+    "roi_heads.box_head.fc7",
+    "rpn.head.bbox_pred",
+    *(f"backbone.body.layer{stage}.0.downsample.0" for stage in (1, 2, 3, 4)),
+}
+"""The convolutions and linears that these patterns match."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +93,18 @@ def demo_quantized(demo_static: StaticDetector, demo_encodings: Encodings) -> Qu
     from qexport.quantization.reference import quantize
 
     return quantize(demo_static, demo_encodings)
+
+
+@pytest.fixture(scope="session")
+def kept_float(
+    demo_static: StaticDetector, calibration_frames: list[Frame]
+) -> tuple[Encodings, QuantizedDetector]:
+    """The demo detector with `KEPT_FLOAT_PATHS` in float."""
+    from qexport.calibration.calibrator import calibrate
+    from qexport.quantization.reference import quantize
+
+    encodings = calibrate(demo_static, calibration_frames[:1], keep_float=KEPT_FLOAT)
+    return encodings, quantize(demo_static, encodings)
 
 
 @pytest.fixture(scope="session")

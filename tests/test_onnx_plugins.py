@@ -21,7 +21,7 @@ from qexport.plugins.onnx.global_average_pool import use_global_average_pool
 from qexport.plugins.onnx.integer_kernels import move_activations_after_quantizers, shift_to_uint8
 from qexport.plugins.onnx.integer_roi_align import lower_to_integer
 from qexport.plugins.onnx.placeholders import DOMAIN, NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
-from qexport.runtimes.onnx import make_session
+from qexport.runtimes.onnx_session import make_session
 
 Array = NDArray[Any]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -68,7 +68,6 @@ class LoadedDetector:
         return self.labels[1:] != _numbered(self.num_classes)[1:]
 
 
-
 def load_detector(source: str, weights: Path | None, *, seed: int = 0) -> LoadedDetector:
     """Build the detector that `source` names and load `weights` into it.
 

@@ -105,8 +105,10 @@ class MagnitudeHistogram(SymmetricObserver):
         return x
 
     def scale(self) -> Tensor:
-        """Return the scale that the method chooses."""
+        """Return the scale that the method chooses; infinite where a value was not finite."""
         clip = self.largest
+        if not math.isfinite(clip):
+            return torch.tensor([clip])
         if self.range > 0.0:
             clip = self._at_percentile() if self.method == "percentile" else self._least_error()
         return torch.tensor([round_up(max(clip / _STEPS, SMALLEST_SCALE))], dtype=torch.float32)

@@ -97,13 +97,15 @@ def _permute_columns(model: ir.Model, dequantizer: ir.Node, spec: RoiAlignSpec) 
     gemm = _only_user(dequantizer.outputs[0])
     assert gemm is not None and gemm.inputs[1] is not None
     weight = gemm.inputs[1].producer()
-    assert weight is not None
-    codes = array_of(weight.inputs[0])
-    assert codes is not None and gemm.attributes["transB"].as_int() == 1
+    holder, place = (
+        (gemm, 1) if weight is None else (weight, 0)
+    )  # a linear kept in float has its weight itself
+    stored = holder.inputs[place]
+    codes = array_of(stored)
+    assert stored is not None and codes is not None and gemm.attributes["transB"].as_int() == 1
     bins = spec.output_size[0] * spec.output_size[1]
     permuted = codes.reshape(-1, spec.channels, bins).transpose(0, 2, 1).reshape(codes.shape)
-    name = f"{weight.inputs[0].name}/channels_last"
-    weight.replace_input_with(0, add_initializer(model.graph, name, permuted))
+    holder.replace_input_with(place, add_initializer(model.graph, f"{stored.name}/channels_last", permuted))
 
 
 def _only_user(value: ir.Value | None) -> ir.Node | None:
