@@ -176,7 +176,9 @@ def make_layers() -> tuple[Layer, ...]:
 
 
 def make_record() -> RunRecord:
-    settings = Settings(model="model.py:build", weights="weights.pt", data="cells", observer="percentile")
+    settings = Settings(
+        model="model.py:build", weights="weights.pt", data="cells", split="test", observer="percentile"
+    )
     return RunRecord(
         settings=settings,
         weights_sha256=sha256_json("weights"),

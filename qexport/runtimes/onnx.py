@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.layers import Kind
+from qexport.runtimes import onnx_kernels
 from qexport.runtimes.onnx_session import make_session, with_outputs
 from qexport.runtimes.runner import KernelTime, ProfiledRun, Runner
 
@@ -61,20 +62,14 @@ class OnnxRunner(Runner):
 
     def kernel_owners(self, rows: Collection[str] | None = None) -> dict[str, str]:
         """Ask the graph that ONNX Runtime really runs."""
-        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
-
         return onnx_kernels.kernel_owners(self.path, rows)
 
     def kind_of(self, kernel: str) -> Kind:
         """Look the kernel type up."""
-        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
-
         return onnx_kernels.kind_of_kernel(kernel)
 
     def between_kernels_ms(self) -> float:
         """Measure on a chain of operators that do nothing."""
-        from qexport.runtimes import onnx_kernels  # noqa: PLC0415 - needs the onnx package
-
         return onnx_kernels.time_between_kernels_ms(self.threads)
 
     def _probe(self, tensors: tuple[str, ...]) -> onnxruntime.InferenceSession:

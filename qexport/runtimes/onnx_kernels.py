@@ -1,7 +1,8 @@
-"""Which module a kernel of ONNX Runtime belongs to, and what kind of work it is. Needs the onnx package.
+"""Which module a kernel of ONNX Runtime belongs to, and what kind of work it is.
 
 The exporter names nodes `PATH[@CALL]/Operator`. ONNX Runtime fuses nodes, adds to their names, and inserts
-nodes of its own without a path; the graph that it really runs says where those belong.
+nodes of its own without a path; the graph that it really runs says where those belong. Reading it needs the
+onnx package, which a board need not have.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from qexport.layers import Kind
 from qexport.runtimes.onnx_session import make_session
+
+if TYPE_CHECKING:
+    import onnx
 
 NOWHERE = "detector"
 """Path of a kernel that no module can be found for."""
@@ -77,6 +80,8 @@ def kernel_owners(model: Path, rows: Collection[str] | None = None) -> dict[str,
     Raises:
         ArtifactError: ONNX Runtime does not accept the file.
     """
+    import onnx  # noqa: PLC0415 - the workstation has it
+
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         make_session(model, optimized=written)
@@ -124,6 +129,8 @@ def time_between_kernels_ms(threads: int) -> float:
     Args:
         threads: threads within an operator.
     """
+    from onnx import TensorProto, helper  # noqa: PLC0415 - the workstation has it
+
     names = [f"v{number}" for number in range(_CHAIN + 1)]
     nodes = [helper.make_node("Sin", [before], [after]) for before, after in pairwise(names)]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in (names[0], names[-1])]
