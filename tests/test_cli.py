@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -228,6 +229,22 @@ def test_fault_of_qexport_shows_the_traceback_and_leaves_with_70(monkeypatch: py
     assert answer.code == 70
     assert "ZeroDivisionError: a fault" in answer.err
     assert "Please report it" in answer.err
+
+
+def test_interrupt_that_an_import_turns_into_another_error_is_still_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def importing(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as NumPy's C API does it
+            raise ImportError("numpy.core.multiarray failed to import") from error
+
+    monkeypatch.setattr("qexport.cli.reporting.tables.target_table", importing)
+    answer = call("targets")
+    assert answer.code == 130
+    assert "Traceback" not in answer.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_reader_of_a_pipe_leaving_early_is_not_an_error() -> None:

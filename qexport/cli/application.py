@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -75,17 +79,41 @@ def _answering(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def answered(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-            sys.stdout.flush()
-        except typer.Exit:
-            raise
-        except Exception as error:
-            raise typer.Exit(_explain(error)) from error
-        except KeyboardInterrupt as error:
-            raise typer.Exit(_interrupted()) from error
+        with _interrupts_noticed() as was_interrupted:
+            try:
+                command(*args, **options)
+                sys.stdout.flush()
+            except typer.Exit:
+                raise
+            except Exception as error:
+                raise typer.Exit(_interrupted() if was_interrupted() else _explain(error)) from error
+            except KeyboardInterrupt as error:
+                raise typer.Exit(_interrupted()) from error
 
     return answered
+
+
+@contextmanager
+def _interrupts_noticed() -> Iterator[Callable[[], bool]]:
+    """Remember Ctrl-C: a C extension that is being imported turns the KeyboardInterrupt into an ImportError."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Whoever embeds the command, or runs it beside the main thread, keeps the handler that is there.
+    own = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if own:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _explain(error: Exception) -> int:
