@@ -25,8 +25,8 @@ test: $(INSTALLED) ## Check style, types and import layers, then run the tests (
 test-slow: $(INSTALLED) ## Run every test.
 	$(BIN)/pytest
 
-bench: $(INSTALLED) ## Measure the figures of the README on this machine.
-	$(BIN)/python tools/bench.py
+bench: $(INSTALLED) ## Measure the demo beside its peers; options in BENCH="--model ... --accuracy".
+	$(BIN)/python tools/bench.py $(BENCH)
 
 demo: $(INSTALLED) ## Quantize, export, run and measure the demo detector; write runs/demo/report.html.
 	$(BIN)/qexport demo --out runs/demo

@@ -75,6 +75,30 @@ def demo_frames() -> list[Frame]:
 
 
 @pytest.fixture(scope="session")
+def small_static() -> StaticDetector:
+    """A detector of a dozen layers, for what any detector can show."""
+    from torchvision_detectors import FRAME_PX, build_single_level
+
+    from qexport.detectors.static import make_static
+
+    return make_static(build_single_level(), frame_px=FRAME_PX)
+
+
+@pytest.fixture(scope="session")
+def small_frames() -> list[Frame]:
+    from torchvision_detectors import texture
+
+    return [texture(seed).numpy() for seed in range(4)]
+
+
+@pytest.fixture(scope="session")
+def small_encodings(small_static: StaticDetector, small_frames: list[Frame]) -> Encodings:
+    from qexport.calibration.calibrator import calibrate
+
+    return calibrate(small_static, small_frames[:2])
+
+
+@pytest.fixture(scope="session")
 def demo_static(demo: LoadedDetector) -> StaticDetector:
     from qexport.detectors.static import make_static
 

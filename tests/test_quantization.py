@@ -188,26 +188,26 @@ def test_channel_of_zero_weights_and_huge_bias_keeps_its_bias(
 EDITS: dict[str, tuple[Edit, str]] = {
     "an activation's row missing": (lambda row: None if row.key == f"{FC6}/output:linear" else row, FC6),
     "a weight's row missing": (lambda row: None if row.key == f"{FC6}/weight" else row, FC6),
-    "a weight of too few scales": (rescale(f"{FC6}/weight", (0.1,) * 64), "128 output channels.* 64 scales"),
+    "a weight of too few scales": (rescale(f"{FC6}/weight", (0.1,) * 64), "1024 output channels.* 64 scales"),
     "an activation of several scales": (rescale(f"{FC6}/output:linear", (0.1, 0.2)), "has 2 scales"),
 }
 
 
 @pytest.mark.parametrize(("edit", "message"), EDITS.values(), ids=EDITS.keys())
 def test_quantize_with_rows_that_do_not_fit_raises(
-    demo_static: StaticDetector, demo_encodings: Encodings, edit: Edit, message: str
+    small_static: StaticDetector, small_encodings: Encodings, edit: Edit, message: str
 ) -> None:
     with pytest.raises(EncodingsError, match=message):
-        quantize(demo_static, edit_rows(demo_encodings, edit))
+        quantize(small_static, edit_rows(small_encodings, edit))
 
 
 @pytest.mark.parametrize("port", ["output:conv2d", "weight"])
 def test_quantize_with_a_row_left_over_raises(
-    demo_static: StaticDetector, demo_encodings: Encodings, port: str
+    small_static: StaticDetector, small_encodings: Encodings, port: str
 ) -> None:
     extra = EncodingRow("backbone.body.layer9", 0, port, QuantParams((0.1,)), "min-max")
     with pytest.raises(EncodingsError, match=r"name nothing .* backbone\.body\.layer9@0/"):
-        quantize(demo_static, edit_rows(demo_encodings, lambda row: row, extra))
+        quantize(small_static, edit_rows(small_encodings, lambda row: row, extra))
 
 
 def test_quantize_with_encodings_of_other_weights_raises(

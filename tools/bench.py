@@ -20,6 +20,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from bench_also import measure_also
+from bench_cost import measure_cost
 from bench_report import CONTENDERS, EAGER, OURS, RECIPE, TORCHVISION, Bench, Turns, as_markdown
 from numpy.typing import NDArray
 from rich.console import Console
@@ -80,6 +82,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="rounds before those (default: 3)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--accuracy", action="store_true", help="also measure the mAP of every contender")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="further detectors, torchvision:NAME, seeded weights",
+    )
+    parser.add_argument("--also-runs", type=int, default=5, help="counted rounds of those (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     options = parser.parse_args()
     if options.run and (options.model or options.weights or options.data):
@@ -151,6 +161,17 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
             OURS: (folder / artifact.file("int8").name).stat().st_size,
         },
         accuracy=None,
+        cost=measure_cost(work, TARGET),
+        also=tuple(
+            measure_also(
+                model,
+                frames,
+                threads=options.threads,
+                rounds=options.also_runs,
+                folder=options.out / "also" / model.rpartition(":")[2],
+            )
+            for model in options.also
+        ),
     )
 
 

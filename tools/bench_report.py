@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from bench_also import Also, also_lines
+from bench_cost import Cost, cost_lines
 
 from qexport.benchmarks.peers import Ratio
 from qexport.layers import STAGES
@@ -45,6 +47,8 @@ class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     turns: tuple[Turns, ...]
     sizes_bytes: dict[str, int]
     accuracy: AccuracyReport | None
+    cost: Cost
+    also: tuple[Also, ...]
 
 
 def as_markdown(bench: Bench) -> str:
@@ -69,6 +73,9 @@ def as_markdown(bench: Bench) -> str:
     lines += _table(["file", "MB"], sizes)
     if bench.accuracy is not None:
         lines += ["", *_accuracy(bench.accuracy)]
+    lines += ["", *cost_lines(bench.cost)]
+    if bench.also:
+        lines += ["", *also_lines(bench.also)]
     return "\n".join(lines) + "\n"
 
 
