@@ -18,6 +18,7 @@ from qexport.plugins.onnx.integer_kernels import (
     UINT8_ZERO,
     move_activations_after_quantizers,
     quantize_biases,
+    shield_float_layers,
     shift_to_uint8,
 )
 from qexport.plugins.onnx.integer_roi_align import ChannelsLast, lower_to_integer
@@ -86,6 +87,7 @@ def export(
 def lower_for_integer_kernels(model: ir.Model) -> list[ChannelsLast]:
     """Bring a quantized graph into the form that ONNX Runtime runs on integer kernels, in this order."""
     quantize_biases(model)
+    shield_float_layers(model)
     move_activations_after_quantizers(model)
     shift_to_uint8(model)
     channels_last = lower_to_integer(model)

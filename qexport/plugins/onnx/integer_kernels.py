@@ -39,6 +39,24 @@ def quantize_biases(model: ir.Model) -> None:
         node.replace_input_with(2, dequantized)
 
 
+def shield_float_layers(model: ir.Model) -> None:
+    """Keep ONNX Runtime from quantizing the weights of layers that stay float.
+
+    Where a convolution or a linear stands between DequantizeLinear and QuantizeLinear, ONNX Runtime (from 1.20)
+    quantizes float weights by itself, with scales that nobody chose. A Sum of one input, which it leaves alone,
+    parts the layer from its DequantizeLinear.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        source, weight = node.inputs[:2]
+        if source is None or array_of(weight) is None or not _dequantizes(source.producer()):
+            continue
+        parted = Builder(node).op("Sum", [source])
+        parted.dtype, parted.shape = source.dtype, source.shape
+        node.replace_input_with(0, parted)
+
+
 def move_activations_after_quantizers(model: ir.Model) -> None:
     """Turn Relu or Clip before QuantizeLinear into a clip of the integers after it.
 

@@ -13,7 +13,7 @@ from qexport.artifact import LayerDecision
 from qexport.encodings import Encodings
 from qexport.errors import ExportError
 from qexport.quantization.graph import IMAGE_KEY, argument_node, base_of, op_name
-from qexport.quantization.quantizer import SHAPE_ONLY, UNARY
+from qexport.quantization.quantizer import SHAPE_ONLY, UNARY, WEIGHTED
 from qexport.runtimes.onnx_session import make_session
 
 INTEGER_KERNELS = frozenset(
@@ -37,6 +37,7 @@ MOVING_KERNELS = frozenset(
 FLOAT_KERNELS = frozenset(
     {"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "Gemm", "FusedGemm", "MatMul"}
 )
+WEIGHTED_KERNELS = FLOAT_KERNELS | {"QLinearConv", "QGemm", "QLinearMatMul"}
 ONNX_OPERATORS: Mapping[str, tuple[str, ...]] = {
     "conv2d": ("Conv",),
     "linear": ("Gemm", "MatMul"),
@@ -61,8 +62,8 @@ def read_back(
     """Open the file in ONNX Runtime and name the kernel of every quantized layer.
 
     Raises:
-        ExportError: a layer that the encodings call quantized does not run as an integer kernel, or a
-            convolution or linear that nobody kept in float runs in float.
+        ExportError: a layer that the encodings call quantized does not run as an integer kernel, a
+            convolution or linear that nobody kept in float runs in float, or one that was kept in float does not.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -84,8 +85,16 @@ def read_back(
         for node in graph.node
         if node.op_type in FLOAT_KERNELS and _site(node.name) not in kept_float
     ]
-    if failed or strays:
-        raise ExportError(_complaint(path, failed, strays))
+    weighted = {(row.path, row.call) for row in encodings.float_rows if row.op in WEIGHTED}
+    seized = [
+        node.name
+        for node in graph.node
+        if _site(node.name) in weighted
+        and node.op_type in WEIGHTED_KERNELS
+        and (node.op_type not in FLOAT_KERNELS or _dequantizes(producers.get(node.input[1])))
+    ]
+    if failed or strays or seized:
+        raise ExportError(_complaint(path, failed, strays, seized))
     return tuple(decisions)
 
 
@@ -130,11 +139,14 @@ def _decide(
     )
 
 
+def _dequantizes(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
 def _is_integer(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
     if node.op_type in INTEGER_KERNELS:
         return True
-    source = producers.get(node.input[0])
-    return node.op_type in MOVING_KERNELS and (source is None or source.op_type != "DequantizeLinear")
+    return node.op_type in MOVING_KERNELS and not _dequantizes(producers.get(node.input[0]))
 
 
 def _site(name: str) -> tuple[str, int]:
@@ -147,11 +159,12 @@ def _site_name(path: str, call: int) -> str:
     return f"{path}@{call}" if call else path
 
 
-def _complaint(path: Path, failed: list[LayerDecision], strays: list[str]) -> str:
-    lines = [f"{path.name}: ONNX Runtime does not run every quantized layer as an integer kernel:"]
+def _complaint(path: Path, failed: list[LayerDecision], strays: list[str], seized: list[str]) -> str:
+    lines = [f"{path.name}: ONNX Runtime does not run every layer as the encodings say:"]
     for decision in failed:
         ran = ", ".join(decision.kernels) or "no kernel of that name: it was fused into another"
         lines.append(f"  {_site_name(decision.path, decision.call)} ({decision.op}): {ran}")
     lines += [f"  {name}: runs in float" for name in strays]
-    lines.append("Keep these layers in float with --keep-float PATH, or report the model's structure.")
+    lines += [f"  {name}: was kept in float, runs with int8 weights" for name in seized]
+    lines.append("Give the first kind to --keep-float PATH, or report the model's structure.")
     return "\n".join(lines)
