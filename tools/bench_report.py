@@ -47,8 +47,8 @@ class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     turns: tuple[Turns, ...]
     sizes_bytes: dict[str, int]
     accuracy: AccuracyReport | None
-    cost: Cost
-    also: tuple[Also, ...]
+    cost: Cost | None = None
+    also: tuple[Also, ...] = ()
 
 
 def as_markdown(bench: Bench) -> str:
@@ -73,7 +73,8 @@ def as_markdown(bench: Bench) -> str:
     lines += _table(["file", "MB"], sizes)
     if bench.accuracy is not None:
         lines += ["", *_accuracy(bench.accuracy)]
-    lines += ["", *cost_lines(bench.cost)]
+    if bench.cost is not None:
+        lines += ["", *cost_lines(bench.cost)]
     if bench.also:
         lines += ["", *also_lines(bench.also)]
     return "\n".join(lines) + "\n"
