@@ -27,16 +27,25 @@ def _resize_axis(image: NDArray[np.float32], axis: int, size: int) -> NDArray[np
     length = image.shape[axis]
     if size == length:
         return image
+    low, high, weight = neighbours(length, size)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    weight = weight.reshape(shape)
+    resized: NDArray[np.float32] = (
+        np.take(image, low, axis) * (1 - weight) + np.take(image, high, axis) * weight
+    )
+    return resized
+
+
+def neighbours(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Return what a bilinear resize of `length` pixels to `size` reads, each (size,).
+
+    Returns:
+        The index of the lower neighbour, that of the upper one, and the upper one's weight.
+    """
     # Rounded to float32 where torch rounds: a position that rounds otherwise is felt where neighbours differ much.
     ratio = np.float64(np.float32(length) / np.float32(size))
     exact = (np.arange(size) + 0.5) * ratio - 0.5
     position = np.maximum(exact.astype(np.float32), np.float32(0))
     low = np.minimum(position.astype(np.int64), length - 1)
-    high = np.minimum(low + 1, length - 1)
-    shape = [1, 1, 1]
-    shape[axis] = size
-    weight = (position - low).astype(np.float32).reshape(shape)
-    resized: NDArray[np.float32] = (
-        np.take(image, low, axis) * (1 - weight) + np.take(image, high, axis) * weight
-    )
-    return resized
+    return low, np.minimum(low + 1, length - 1), (position - low).astype(np.float32)

@@ -1,9 +1,9 @@
 """The camera frame to the detector's image, in standard operators.
 
 torchvision normalises, then resizes. A bilinear resize keeps constants, so resizing first and normalising
-the smaller image gives the same values within float rounding: 1e-6 unresized and at factors 2 and 4. At other
-factors the runtime rounds sample positions to float32 in its own way: 2e-5 on smooth frames, and at worst, on
-a frame of noise 1920 wide, 1e-3, a twentieth of an int8 step.
+the smaller image gives the same values within float rounding. Runtimes round the positions of a Resize in
+ways of their own, up to 1e-3 off on a frame of noise; so neighbours and weights are constants here, rounded as
+torch rounds them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.plugins.onnx.builder import Builder
+from qexport.runtimes.preprocess import neighbours
 
 
 def lower(node: ir.Node) -> None:
@@ -26,27 +27,43 @@ def lower(node: ir.Node) -> None:
     mean = np.asarray(attributes["mean"].as_floats(), np.float64)
     std = np.asarray(attributes["std"].as_floats(), np.float64)
 
-    image = build.op("Transpose", [frame], perm=[2, 0, 1])
-    image = build.op("Unsqueeze", [image, build.constant([0], np.int64)])
-    image = build.op("Cast", [image], to=ir.DataType.FLOAT)
     factors = (height / resized[0], width / resized[1])
-    if factors in {(2.0, 2.0), (4.0, 4.0)}:
+    even = factors in {(2.0, 2.0), (4.0, 4.0)}
+    image = frame
+    if not even:
+        axes = ((0, height), (1, width))
+        for axis, length in (
+            axes if resized[0] < height else reversed(axes)
+        ):  # fewer rows, fewer columns to read
+            image = _resize_axis(build, image, axis, length, resized[axis])
+    image = build.op("Transpose", [image], perm=[2, 0, 1])
+    image = build.op("Unsqueeze", [image, build.constant([0], np.int64)])
+    if even or factors == (1.0, 1.0):
+        image = build.op("Cast", [image], to=ir.DataType.FLOAT)
+    if even:
         # Half-pixel bilinear at an even factor reads the two middle pixels of each block with equal weight.
         image = _middle_average(build, image, int(factors[0]))
-    elif factors != (1.0, 1.0):
-        sizes = build.constant([1, 3, *resized], np.int64)
-        image = build.op(
-            "Resize",
-            [image, None, None, sizes],
-            mode="linear",
-            coordinate_transformation_mode="half_pixel",
-        )
     image = build.op("Mul", [image, build.constant((1 / (255 * std)).reshape(1, 3, 1, 1), np.float32)])
     image = build.op("Add", [image, build.constant((-mean / std).reshape(1, 3, 1, 1), np.float32)])
     if padded[0] != resized[0] or padded[1] != resized[1]:
         pads = [0, 0, 0, 0, 0, 0, padded[0] - resized[0], padded[1] - resized[1]]
         image = build.op("Pad", [image, build.constant(pads, np.int64)])
     build.replace_with(image)
+
+
+def _resize_axis(build: Builder, image: ir.Value, axis: int, length: int, size: int) -> ir.Value:
+    """Return a (H, W, 3) image resized along one axis, float32; as it is where nothing changes."""
+    if length == size:
+        return image
+    low, high, weight = neighbours(length, size)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    parts = []
+    for index, share in ((low, 1 - weight), (high, weight)):
+        part = build.op("Gather", [image, build.constant(index, np.int64)], axis=axis)
+        part = build.op("Cast", [part], to=ir.DataType.FLOAT)
+        parts.append(build.op("Mul", [part, build.constant(share.reshape(shape), np.float32)]))
+    return build.op("Add", parts)
 
 
 def _middle_average(build: Builder, image: ir.Value, factor: int) -> ir.Value:
