@@ -31,7 +31,7 @@ class Builder:
         *,
         outputs: int = 1,
         domain: str = "",
-        **attributes: int | float | str | Sequence[int],
+        **attributes: int | float | str | Sequence[int] | ir.Graph,
     ) -> ir.Value:
         """Append one operator and return its first output."""
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs)

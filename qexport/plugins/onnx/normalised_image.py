@@ -15,8 +15,13 @@ from qexport.plugins.onnx.builder import Builder
 from qexport.runtimes.preprocess import neighbours
 
 
-def lower(node: ir.Node) -> None:
-    """Replace a NormalisedImage placeholder: (H, W, 3) uint8 to (1, 3, padded_h, padded_w) float32."""
+def lower(node: ir.Node, *, integers_move: bool = True) -> None:
+    """Replace a NormalisedImage placeholder: (H, W, 3) uint8 to (1, 3, padded_h, padded_w) float32.
+
+    Args:
+        node: the placeholder.
+        integers_move: whether the runtime gathers and transposes uint8; TensorRT only converts it.
+    """
     build = Builder(node)
     frame = node.inputs[0]
     assert frame is not None and frame.shape is not None
@@ -29,16 +34,16 @@ def lower(node: ir.Node) -> None:
 
     factors = (height / resized[0], width / resized[1])
     even = factors in {(2.0, 2.0), (4.0, 4.0)}
-    image = frame
+    image = frame if integers_move else build.op("Cast", [frame], to=ir.DataType.FLOAT)
     if not even:
         axes = ((0, height), (1, width))
         for axis, length in (
             axes if resized[0] < height else reversed(axes)
         ):  # fewer rows, fewer columns to read
-            image = _resize_axis(build, image, axis, length, resized[axis])
+            image = _resize_axis(build, image, axis, length, resized[axis], convert=integers_move)
     image = build.op("Transpose", [image], perm=[2, 0, 1])
     image = build.op("Unsqueeze", [image, build.constant([0], np.int64)])
-    if even or factors == (1.0, 1.0):
+    if integers_move and (even or factors == (1.0, 1.0)):
         image = build.op("Cast", [image], to=ir.DataType.FLOAT)
     if even:
         # Half-pixel bilinear at an even factor reads the two middle pixels of each block with equal weight.
@@ -51,7 +56,9 @@ def lower(node: ir.Node) -> None:
     build.replace_with(image)
 
 
-def _resize_axis(build: Builder, image: ir.Value, axis: int, length: int, size: int) -> ir.Value:
+def _resize_axis(
+    build: Builder, image: ir.Value, axis: int, length: int, size: int, *, convert: bool
+) -> ir.Value:
     """Return a (H, W, 3) image resized along one axis, float32; as it is where nothing changes."""
     if length == size:
         return image
@@ -61,7 +68,8 @@ def _resize_axis(build: Builder, image: ir.Value, axis: int, length: int, size: 
     parts = []
     for index, share in ((low, 1 - weight), (high, weight)):
         part = build.op("Gather", [image, build.constant(index, np.int64)], axis=axis)
-        part = build.op("Cast", [part], to=ir.DataType.FLOAT)
+        if convert:
+            part = build.op("Cast", [part], to=ir.DataType.FLOAT)
         parts.append(build.op("Mul", [part, build.constant(share.reshape(shape), np.float32)]))
     return build.op("Add", parts)
 

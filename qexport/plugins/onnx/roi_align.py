@@ -1,6 +1,8 @@
-"""Multi-scale RoIAlign in ONNX, in two forms.
+"""Multi-scale RoIAlign in ONNX, in three forms.
 
 `atlas`: all pyramid levels side by side in one map, each proposal pooled once by one RoiAlign. Exact.
+
+`grid`: the same map sampled by GridSample and averaged, for runtimes that have no RoiAlign. Within 1e-5.
 
 `int8 gather`: from int8 channels-last features, every sample's four neighbours gathered as rows and summed
 by one batched QLinearMatMul, whose left side holds the bilinear weights in 8 bits. At most one step from
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from qexport.errors import UnsupportedOperator
 from qexport.plugins.onnx.builder import Builder
 
 CHUNK_BYTES = 5 * 2**20
@@ -97,13 +100,7 @@ def level_of(build: Builder, boxes: ir.Value, spec: RoiAlignSpec) -> ir.Value:
 
 
 def lower_to_atlas(node: ir.Node) -> None:
-    """Replace a placeholder by one RoiAlign over all levels laid out in one map.
-
-    The finest level stands above the others, which stand side by side; each has two replicated rows and columns
-    after it, which is what RoiAlign's clamping at the border of a level reads. A box less than a cell long is
-    sampled over a whole cell and so may leave its level; what lies outside counts as zero in RoiAlign, which
-    the share of each bin's samples that lie inside makes good: they all read the same last row.
-    """
+    """Replace a placeholder by one RoiAlign over all levels laid out in one map."""
     spec = RoiAlignSpec.of(node)
     build = Builder(node)
     boxes, features = node.inputs[0], [value for value in node.inputs[1:] if value is not None]
@@ -112,28 +109,115 @@ def lower_to_atlas(node: ir.Node) -> None:
         scaled = build.op("Mul", [boxes, build.constant(spec.scales[0], np.float32)])
         build.replace_with(_roi_align(build, features[0], scaled, spec))
         return
-    edge = build.constant([0, 0, 0, 0, 0, 0, 2, 2], np.int64)
-    padded = [build.op("Pad", [feature, edge], mode="edge") for feature in features]
-    sizes = [LevelSize(level.height + 2, level.width + 2) for level in spec.levels]
-    row_height = max(size.height for size in sizes[1:])
-    width = max(sizes[0].width, sum(size.width for size in sizes[1:]))
-    offsets = [(0, 0)]
-    row = []
-    for value, size in zip(padded[1:], sizes[1:], strict=True):
-        offsets.append((sum(before.width for before in sizes[1 : len(offsets)]), sizes[0].height))
-        row.append(_grow(build, value, row_height - size.height, 0))
-    below = build.op("Concat", row, axis=3) if len(row) > 1 else row[0]
-    below = _grow(build, below, 0, width - sum(size.width for size in sizes[1:]))
-    atlas = build.op("Concat", [_grow(build, padded[0], 0, width - sizes[0].width), below], axis=2)
+    atlas = _Atlas.of(spec)
     level = level_of(build, boxes, spec)
     scale = build.op("Gather", [build.constant([[s] for s in spec.scales], np.float32), level])
-    shift = build.op("Gather", [build.constant([offset * 2 for offset in offsets], np.float32), level])
+    shift = build.op("Gather", [build.constant([offset * 2 for offset in atlas.offsets], np.float32), level])
     placed = build.op("Add", [build.op("Mul", [boxes, scale]), shift])
-    pooled = _roi_align(build, atlas, placed, spec)
-    sampler = _Sampler(build, boxes, level, spec)
+    pooled = _roi_align(build, atlas.write(build, features), placed, spec)
+    build.replace_with(_cut_outside(build, pooled, Sampler(build, boxes, level, spec)))
+
+
+def lower_to_grid(node: ir.Node) -> None:
+    """Replace a placeholder by GridSample at RoIAlign's samples, over all levels in one map, and an average.
+
+    For runtimes without RoIAlign. GridSample takes positions in -1..1, whose rounding moves a sample by up to
+    1e-5 of a cell.
+
+    Raises:
+        UnsupportedOperator: the number of samples depends on the box (`sampling_ratio` below 1).
+    """
+    spec = RoiAlignSpec.of(node)
+    if spec.sampling_ratio < 1:
+        raise UnsupportedOperator(
+            f"RoIAlign with sampling_ratio {spec.sampling_ratio} takes as many samples as a box is large, which "
+            "has no form of fixed shape. Build the detector with MultiScaleRoIAlign(..., sampling_ratio=2), "
+            "torchvision's own choice, or choose the plugin form where the runtime has it."
+        )
+    build = Builder(node)
+    boxes, features = node.inputs[0], [value for value in node.inputs[1:] if value is not None]
+    assert boxes is not None
+    atlas = _Atlas.of(spec)
+    level = level_of(build, boxes, spec)
+    sampler = Sampler(build, boxes, level, spec)
+    rows, columns = spec.output_size[0] * spec.sampling_ratio, spec.output_size[1] * spec.sampling_ratio
+    along = []
+    for axis, size in ((0, atlas.width), (1, atlas.height)):
+        first = build.constant([[offset[axis]] for offset in atlas.offsets], np.float32)
+        place = build.op("Add", [sampler.clamped(axis), build.op("Gather", [first, level], axis=0)])
+        place = build.op("Mul", [place, build.constant(2 / (size - 1), np.float32)])
+        place = build.op("Sub", [place, build.constant(1.0, np.float32)])
+        shape = [spec.proposals, 1, columns, 1] if axis == 0 else [spec.proposals, rows, 1, 1]
+        place = build.op("Reshape", [place, build.constant(shape, np.int64)])
+        whole = build.constant([spec.proposals, rows, columns, 1], np.int64)
+        along.append(build.op("Expand", [place, whole]))
+    grid = build.op("Concat", along, axis=3)
+    grid = build.op("Reshape", [grid, build.constant([1, spec.proposals * rows, columns, 2], np.int64)])
+    # Opset 18 calls the mode bilinear; the map is padded, no sample reads beyond it.
+    samples = build.op(
+        "GridSample",
+        [atlas.write(build, features), grid],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=1,
+    )
+    ratio = spec.sampling_ratio
+    bins = build.op("AveragePool", [samples], kernel_shape=[ratio, ratio], strides=[ratio, ratio])
+    split = build.constant([spec.channels, spec.proposals, *spec.output_size], np.int64)
+    pooled = build.op("Transpose", [build.op("Reshape", [bins, split])], perm=[1, 0, 2, 3])
+    build.replace_with(_cut_outside(build, pooled, sampler))
+
+
+@dataclass(frozen=True, slots=True)
+class _Atlas:
+    """All levels in one map: the finest above the others, which stand side by side.
+
+    Each has two replicated rows and columns after it, which is what RoIAlign's clamping at the border of a level
+    reads.
+    """
+
+    sizes: tuple[LevelSize, ...]
+    """Of the padded levels."""
+    offsets: tuple[tuple[int, int], ...]
+    """Column and row at which each level begins."""
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, spec: RoiAlignSpec) -> _Atlas:
+        sizes = tuple(LevelSize(level.height + 2, level.width + 2) for level in spec.levels)
+        starts = [sum(size.width for size in sizes[1:index]) for index in range(1, len(sizes))]
+        offsets = ((0, 0), *((start, sizes[0].height) for start in starts))
+        below = max((size.height for size in sizes[1:]), default=0)
+        width = max(sizes[0].width, sum(size.width for size in sizes[1:]))
+        return cls(sizes, offsets, sizes[0].height + below, width)
+
+    def write(self, build: Builder, features: list[ir.Value]) -> ir.Value:
+        """Return the map, (1, C, height, width)."""
+        edge = build.constant([0, 0, 0, 0, 0, 0, 2, 2], np.int64)
+        padded = [build.op("Pad", [feature, edge], mode="edge") for feature in features]
+        first = _grow(build, padded[0], 0, self.width - self.sizes[0].width)
+        if len(padded) == 1:
+            return first
+        row_height = self.height - self.sizes[0].height
+        row = [
+            _grow(build, value, row_height - size.height, 0)
+            for value, size in zip(padded[1:], self.sizes[1:], strict=True)
+        ]
+        below = build.op("Concat", row, axis=3) if len(row) > 1 else row[0]
+        below = _grow(build, below, 0, self.width - sum(size.width for size in self.sizes[1:]))
+        return build.op("Concat", [first, below], axis=2)
+
+
+def _cut_outside(build: Builder, pooled: ir.Value, sampler: Sampler) -> ir.Value:
+    """Count samples beyond a level as zero, as RoIAlign does.
+
+    A box less than a cell long is sampled over a whole cell and so may leave its level. The share of each bin's
+    samples that lie inside makes that good: those outside have all read the same last row.
+    """
     for axis in (0, 1):
         pooled = build.op("Mul", [pooled, sampler.share_inside(axis)])
-    build.replace_with(pooled)
+    return pooled
 
 
 class QuantizedFeature(NamedTuple):
@@ -171,7 +255,7 @@ def lower_to_int8_gather(node: ir.Node, features: list[QuantizedFeature], output
         for feature in features
     ]
     table = build.op("Concat", rows, axis=0) if len(rows) > 1 else rows[0]
-    sampler = _Sampler(build, boxes, level, spec)
+    sampler = Sampler(build, boxes, level, spec)
     x, y = sampler.axis(0), sampler.axis(1)
     index = sampler.index(x, y)
     pooled_h, pooled_w = spec.output_size
@@ -205,7 +289,7 @@ class _Axis(NamedTuple):
     weight: ir.Value
 
 
-class _Sampler:
+class Sampler:
     """Positions and weights of RoIAlign's bilinear samples (torchvision's roi_align, `aligned=False`).
 
     Axis 0 is x, axis 1 is y. Boxes lie within the image, hence no sample before the first row or column.
@@ -255,12 +339,24 @@ class _Sampler:
         )
         return share if axis else build.op("Transpose", [share], perm=[0, 1, 3, 2])
 
+    def _last(self, axis: int) -> ir.Value:
+        return self._per_level([size - 1 for size in self._sizes(axis)], np.float32)
+
+    def _clamp(self, position: ir.Value, last: ir.Value) -> ir.Value:
+        build = self._build
+        return build.op("Max", [build.op("Min", [position, last]), build.constant(0.0, np.float32)])
+
+    def clamped(self, axis: int) -> ir.Value:
+        """Return where the samples along x (0) or y (1) read, cells of the level, (R, samples)."""
+        position, _ = self._positions(axis)
+        return self._clamp(position, self._last(axis))
+
     def axis(self, axis: int) -> _Axis:
         """Return neighbours and weights of the samples along x (0) or y (1)."""
         build, samples = self._build, self._samples(axis)
         position, inside = self._positions(axis)
-        last = self._per_level([size - 1 for size in self._sizes(axis)], np.float32)
-        position = build.op("Max", [build.op("Min", [position, last]), build.constant(0.0, np.float32)])
+        last = self._last(axis)
+        position = self._clamp(position, last)
         low = build.op("Floor", [position])
         high_weight = build.op("Mul", [build.op("Sub", [position, low]), inside])
         low_weight = build.op("Sub", [inside, high_weight])

@@ -1,0 +1,1 @@
+"""Artifacts run where their device is not: evaluated in torch, never timed."""
