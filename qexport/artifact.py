@@ -14,6 +14,11 @@ FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
 
 
+Rung = Literal["structure", "built", "run"]
+"""What a finding stands on, from weak to strong: the structure of the file, read back; what the vendor's own builder
+made of it on a CPU (its list of layers, its network evaluated in torch); the runtime that ran it."""
+
+
 class ArtifactFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the artifact."""
 
@@ -69,6 +74,34 @@ class LayerDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     integer: bool
     reason: str = ""
     """Why it is not an integer kernel; empty where it is."""
+    reformats: int = 0
+    """Kernels beside it that only change layout or type."""
+
+
+class UnquantizedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of the encodings that the target does not apply: the tensor is more exact than the row says."""
+
+    key: str
+    reason: str
+
+
+class EngineIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a built engine is bound to: it loads there and nowhere else."""
+
+    role: str
+    """Of the artifact's file that holds it, `int8-engine`."""
+    source: str
+    """Role of the file that it was built from, `int8`."""
+    library: str
+    """`tensorrt 10.3.0`, or `tensorrt_rtx 1.7.1` for one that was built without a GPU."""
+    gpu: str
+    """Name of the GPU; empty where there was none."""
+    compute_capability: str
+    """`8.7`; empty where there was no GPU."""
+    driver: str
+    """CUDA version of the driver, `12.6`; empty where there was none."""
+    build_s: float
+    """Seconds that the build took on that machine."""
 
 
 class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +125,10 @@ class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     float_sites: dict[str, str]
     """Float tensors that parity needs: name in the detector to name in the artifact, `{"proposals": ...}`."""
     layers: tuple[LayerDecision, ...]
+    unquantized: tuple[UnquantizedRow, ...] = ()
+    engines: tuple[EngineIdentity, ...] = ()
+    rung: Rung = "run"
+    """What `layers` stands on."""
     format_version: int = FORMAT_VERSION
 
     def file(self, role: str) -> ArtifactFile:
