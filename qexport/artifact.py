@@ -85,25 +85,6 @@ class UnquantizedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-class EngineIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a built engine is bound to: it loads there and nowhere else."""
-
-    role: str
-    """Of the artifact's file that holds it, `int8-engine`."""
-    source: str
-    """Role of the file that it was built from, `int8`."""
-    library: str
-    """`tensorrt 10.3.0`, or `tensorrt_rtx 1.7.1` for one that was built without a GPU."""
-    gpu: str
-    """Name of the GPU; empty where there was none."""
-    compute_capability: str
-    """`8.7`; empty where there was no GPU."""
-    driver: str
-    """CUDA version of the driver, `12.6`; empty where there was none."""
-    build_s: float
-    """Seconds that the build took on that machine."""
-
-
 class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What `artifact.json` holds."""
 
@@ -126,7 +107,6 @@ class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Float tensors that parity needs: name in the detector to name in the artifact, `{"proposals": ...}`."""
     layers: tuple[LayerDecision, ...]
     unquantized: tuple[UnquantizedRow, ...] = ()
-    engines: tuple[EngineIdentity, ...] = ()
     rung: Rung = "run"
     """What `layers` stands on."""
     format_version: int = FORMAT_VERSION
