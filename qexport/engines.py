@@ -44,7 +44,9 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One engine."""
 
     role: str
-    """Role of the artifact's file that it was built from, `int8`."""
+    """What it computes in, `int8`."""
+    source: str
+    """Role of the artifact's file that it was built from: `int8`; for a DLA core `fp32`, with the calibration cache."""
     name: str
     sha256: str
     size_bytes: int
@@ -108,9 +110,12 @@ def find_engine(artifact: Artifact, folder: Path, role: str, here: DeviceIdentit
     if not path.is_file() or sha256_file(path) != engine.sha256:
         state = "changed or cut off after its build" if path.is_file() else "missing"
         raise ArtifactError(f"{path}: {state}. {rebuild}")
-    if engine.source_sha256 != artifact.file(role).sha256:
-        raise ArtifactError(f"{path}: built from another {artifact.file(role).name} than lies there. {rebuild}")
+    source = artifact.file(engine.source)
+    if engine.source_sha256 != source.sha256:
+        raise ArtifactError(f"{path}: built from another {source.name} than lies there. {rebuild}")
     differs = engine.built_for.differences(here)
     if differs:
-        raise ArtifactError(f"{path}: an engine loads only where it was built: {'; '.join(differs)}. {rebuild}")
+        raise ArtifactError(
+            f"{path}: an engine loads only where it was built: {'; '.join(differs)}. {rebuild}"
+        )
     return path

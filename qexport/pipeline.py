@@ -33,7 +33,8 @@ import numpy as np
 from qexport.artifact import MANIFEST, Artifact
 from qexport.dataset import load_dataset
 from qexport.encodings import Encodings, save_encodings
-from qexport.errors import RunFolderError
+from qexport.engines import load_engines
+from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
 from qexport.results import (
@@ -47,6 +48,7 @@ from qexport.results import (
 )
 from qexport.run_folder import open_run
 from qexport.target import find_target
+from qexport.target_options import read_options
 from qexport.work import Progress, Work, check_targets, exported_targets, resume, silent, start
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class Outcome:
 
     gates: tuple[Gate, ...]
     report: ReportFiles
+    untimed: tuple[str, ...] = ()
+    """For each target whose device is not here: that it was not timed, and how to have it timed."""
 
     @property
     def failed(self) -> tuple[Gate, ...]:
@@ -162,7 +166,9 @@ def export(work: Work, target: str) -> Artifact:
     """Lower the quantized detector to a target: `TARGET/artifact.json` and its files."""
     from qexport.benchmarks.complexity import count_complexity  # noqa: PLC0415
 
-    find_target(target).require("export")
+    found = find_target(target)
+    found.require("export")
+    options = read_options(found.options, target, work.settings.target_options)
     exporter: Any = importlib.import_module(f"qexport.exporters.{target}")
     folder, subject = work.path / target, work.subject
     encodings = work.encodings  # checked, also where the artifact is there already
@@ -171,14 +177,15 @@ def export(work: Work, target: str) -> Artifact:
         quantized = work.quantized
         work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
         with work.progress(f"export {target}", 2) as step:
-            artifact = exporter.export(quantized, encodings, folder, labels=subject.labels)
+            artifact = exporter.export(quantized, encodings, folder, labels=subject.labels, options=options)
             step()
+            float_bytes, artifact_bytes = (_size_bytes(artifact, folder, role) for role in ("fp32", "int8"))
             complexity = count_complexity(
                 subject.static,
                 (subject.static.example_input(),),
                 weight_codes=quantized.weight_codes(),
-                float_bytes=artifact.file("fp32").size_bytes,
-                artifact_bytes=artifact.file("int8").size_bytes,
+                float_bytes=float_bytes,
+                artifact_bytes=artifact_bytes,
             )
             write_json(folder / "complexity.json", complexity)
             step()
@@ -186,6 +193,7 @@ def export(work: Work, target: str) -> Artifact:
     inputs = {
         "encodings": work.folder.digest("encodings.json"),
         "detector": work.folder.digest("detector.json"),
+        "options": options,
     }
     outputs = [f"{target}/{MANIFEST}", f"{target}/complexity.json"]
     work.folder.stage(f"export.{target}", inputs, outputs, write)
@@ -220,6 +228,7 @@ def compare(work: Work, target: str) -> ParityReport:
 
     inputs = {
         "artifact": artifact.sha256,
+        "runner": _runner(target).rung,
         "images": evaluation.sha256,
         "options": [settings.parity_images, settings.tolerance_steps, settings.max_unmatched, settings.seed],
     }
@@ -242,7 +251,7 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     for target in targets:
         artifact, place = work.artifact(target)
         run = partial(detect.artifact, _runner(target), place, _threads())
-        found[target] = _detect(work, target, [artifact.sha256], run)
+        found[target] = _detect(work, target, [artifact.sha256, _runner(target).rung], run)
 
     def write() -> None:
         write_json(folder.file("detections.json"), DetectionsRecord(subjects=found))
@@ -294,10 +303,15 @@ def bench(
         warmup: runs before them that do not count.
         threads: of the runtime.
         again: measure also where the stage is complete.
+
+    Raises:
+        TargetUnavailable: the target's device is not here.
     """
     from qexport.benchmarks.latency import measure_latency  # noqa: PLC0415
 
     find_target(target).require("measure")
+    if not has_device(target):
+        raise TargetUnavailable(_no_device(target, work.path))
     artifact, folder = work.artifact(target)
     detector = inspect(work)
 
@@ -358,9 +372,32 @@ def run_all(
         export(work, target)
         gates += compare(work, target).gates
     gates += evaluate(work, targets).gates
+    untimed = []
     for target in targets:
-        gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
-    return Outcome(tuple(gates), report(work.path))
+        if has_device(target):
+            gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
+        else:
+            untimed.append(_no_device(target, work.path))
+    return Outcome(tuple(gates), report(work.path), tuple(untimed))
+
+
+def has_device(target: str) -> bool:
+    """Say whether the target's own runtime can run here; where not, its network is evaluated, never timed."""
+    runtime = importlib.import_module(f"qexport.runtimes.{find_target(target).runtime}")
+    return bool(runtime.has_device())
+
+
+def _no_device(target: str, run: Path) -> str:
+    return (
+        f"{target}: no NVIDIA GPU here, so latency was not measured. Measure {run / target} on the device "
+        f"(deploy/jetson/measure.sh), then here: qexport report {run} --merge FILE..."
+    )
+
+
+def _size_bytes(artifact: Artifact, folder: Path, role: str) -> int:
+    """Return the size of what runs: the engine that was built of a file, else the file itself."""
+    engine = load_engines(folder).of(role)
+    return engine.size_bytes if engine is not None else artifact.file(role).size_bytes
 
 
 def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...]:
@@ -375,7 +412,9 @@ def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...
 
 
 def _runner(target: str) -> Any:
-    return importlib.import_module(f"qexport.runtimes.{target}").RUNNER
+    """Return what runs a target here: its runtime, or the evaluation of its network where no device is."""
+    where = "runtimes" if has_device(target) else "emulation"
+    return importlib.import_module(f"qexport.{where}.{find_target(target).runtime}").RUNNER
 
 
 def _threads() -> int:

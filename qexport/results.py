@@ -10,9 +10,10 @@ from typing import Literal
 
 import msgspec
 
+from qexport.artifact import Rung
 from qexport.layers import Kind, Stage
 
-ParityStatus = Literal["ok", "over_tolerance", "shape_mismatch", "unmatched", "float"]
+ParityStatus = Literal["ok", "over_tolerance", "shape_mismatch", "unmatched", "unquantized", "float"]
 MeasuredOn = Literal["host", "emulated", "device"]
 
 
@@ -88,6 +89,8 @@ class ParityReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     layers: tuple[LayerParity, ...]
     recalls: tuple[StageRecall, ...]
     gates: tuple[Gate, ...]
+    rung: Rung = "run"
+    """What the comparison stands on: the runtime, or its builder's network evaluated where no device is."""
 
 
 class LatencyStats(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):

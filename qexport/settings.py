@@ -33,6 +33,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     observer: ObserverName = "min-max"
     percentile: float = 99.99
     keep_float: tuple[str, ...] = ()
+    target_options: tuple[str, ...] = ()
+    """`TARGET.NAME=VALUE`, as given with -O."""
     split: str | None = None
     """The split that accuracy and parity are measured on; None: `test` where there is one, else `val`."""
     parity_images: int = 8

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qexport.errors import QexportError, TargetUnavailable
+from qexport.target_options import TargetOptions, TensorrtOptions, Torch2trtOptions
 
 Ability = Literal["export", "run", "measure"]
 
@@ -15,19 +16,29 @@ Ability = Literal["export", "run", "measure"]
 class Target:
     """One runtime that qexport lowers to.
 
-    `qexport.exporters.NAME` has `export(...)`, `qexport.runtimes.NAME` has `RUNNER`.
+    `qexport.exporters.NAME` has `export(...)`, `qexport.runtimes.RUNTIME` has `RUNNER`.
     """
 
     name: str
     summary: str
     needs: dict[Ability, tuple[str, ...]]
-    """Modules that each ability imports."""
+    """Modules that each ability imports; `one|another` where either will do."""
     extra: dict[Ability, str]
     """The extra of this package that installs them."""
+    runtime: str
+    """`qexport.runtimes.RUNTIME` runs it; where its device is missing, `qexport.emulation.RUNTIME` evaluates it."""
+    options: type[TargetOptions] = TargetOptions
+    """What `-O NAME.OPTION=VALUE` can choose."""
+    hint: str = ""
+    """Said after the install command: what no package index holds."""
 
     def missing(self, ability: Ability) -> tuple[str, ...]:
         """Return the modules that this installation lacks."""
-        return tuple(name for name in self.needs[ability] if importlib.util.find_spec(name) is None)
+        return tuple(
+            name.replace("|", " or ")
+            for name in self.needs[ability]
+            if all(importlib.util.find_spec(one) is None for one in name.split("|"))
+        )
 
     def require(self, ability: Ability) -> None:
         """Refuse to go on where modules are missing.
@@ -44,10 +55,11 @@ class Target:
 
     def install_command(self, ability: Ability) -> str:
         """Return the command that installs what an ability needs."""
-        return f"pip install 'qexport[{self.extra[ability]}]'"
+        return f"pip install 'qexport[{self.extra[ability]}]'{self.hint}"
 
 
 _TORCH = ("torch", "torchvision", "torchao")
+_TENSORRT = "tensorrt|tensorrt_rtx_bindings"
 
 TARGETS: tuple[Target, ...] = (
     Target(
@@ -59,6 +71,32 @@ TARGETS: tuple[Target, ...] = (
             "measure": (*_TORCH, "onnx", "onnxruntime"),
         },
         extra={"export": "all", "run": "onnx-runtime", "measure": "all"},
+        runtime="onnx",
+    ),
+    Target(
+        name="tensorrt",
+        summary="NVIDIA Jetson and GPUs: int8 engine by ONNX with explicit Q/DQ; built and checked without a GPU too",
+        needs={
+            "export": (*_TORCH, "onnx", "onnxscript", _TENSORRT),
+            "run": (_TENSORRT,),
+            "measure": (*_TORCH, _TENSORRT),
+        },
+        extra={"export": "all,tensorrt-cpu", "run": "device", "measure": "all,tensorrt-cpu"},
+        runtime="tensorrt",
+        options=TensorrtOptions,
+    ),
+    Target(
+        name="torch2trt",
+        summary="the same by torch2trt, layer for layer from PyTorch, with converters of our own",
+        needs={
+            "export": (*_TORCH, _TENSORRT, "torch2trt"),
+            "run": (_TENSORRT,),
+            "measure": (*_TORCH, _TENSORRT),
+        },
+        extra={"export": "all,tensorrt-cpu", "run": "device", "measure": "all,tensorrt-cpu"},
+        runtime="tensorrt",
+        options=Torch2trtOptions,
+        hint=" && pip install 'git+https://github.com/NVIDIA-AI-IOT/torch2trt'",
     ),
 )
 

@@ -21,6 +21,7 @@ from qexport.run_folder import RunFolder, change_record, create_run, holds_run, 
 from qexport.settings import RunRecord, Settings
 from qexport.subject import Subject
 from qexport.target import TARGETS, find_target
+from qexport.target_options import read_options, split_assignment
 from qexport.versions import package_versions
 
 if TYPE_CHECKING:
@@ -128,6 +129,17 @@ def check_targets(targets: Sequence[str], *, whole_run: bool = False) -> None:
         )
 
 
+def check_target_options(assignments: Sequence[str]) -> None:
+    """Refuse an option that no target has, or a value that it does not take.
+
+    Raises:
+        QexportError: names it, and what there is.
+    """
+    for assignment in assignments:
+        target = find_target(split_assignment(assignment)[0])
+        read_options(target.options, target.name, assignments)
+
+
 def exported_targets(path: Path) -> list[str]:
     """Return the targets that a run holds artifacts of."""
     return [target.name for target in TARGETS if (path / target.name / MANIFEST).is_file()]
@@ -206,6 +218,7 @@ def resume(
 
 def _check(subject: Subject, progress: Progress, *, layers: bool = True) -> None:
     """Find out now what would otherwise stop a stage in the middle of the run."""
+    check_target_options(subject.settings.target_options)
     if layers:
         _ = subject.layers
     samples = subject.used_samples()

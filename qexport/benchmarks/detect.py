@@ -15,8 +15,7 @@ from qexport.detectors.load import LoadedDetector
 from qexport.frames import read_sample
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import ImageDetections
-from qexport.runtimes.preprocess import normalised_image
-from qexport.runtimes.runner import Runner
+from qexport.runtimes.runner import Runner, input_of
 from qexport.samples import Dataset
 
 Detect = Callable[[NDArray[np.uint8]], Detections]
@@ -42,9 +41,8 @@ def reference(quantized: QuantizedDetector) -> Iterator[Detect]:
     spec = quantized.static.spec
 
     def run(frame: NDArray[np.uint8]) -> Detections:
-        given = normalised_image(frame, spec) if spec.preprocess == "outside" else frame
         with torch.no_grad():
-            boxes, scores, labels, count = quantized.graph(torch.from_numpy(given))
+            boxes, scores, labels, count = quantized.graph(torch.from_numpy(input_of(frame, spec)))
         number = int(count)
         return Detections(boxes[:number].numpy(), scores[:number].numpy(), labels[:number].numpy())
 

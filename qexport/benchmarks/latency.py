@@ -25,7 +25,7 @@ from qexport.benchmarks.machine import describe_machine
 from qexport.errors import QexportError
 from qexport.layers import Layer
 from qexport.results import Gate, LatencyProfile, LatencyStats
-from qexport.runtimes.runner import ProfiledRun, Runner
+from qexport.runtimes.runner import ProfiledRun, ProfilingRunner
 
 if TYPE_CHECKING:
     from qexport.detectors.load import LoadedDetector
@@ -44,7 +44,7 @@ runs a detector took 39 ms, with 30 ms or more 24 ms."""
 def measure_latency(
     *,
     artifact: Path,
-    runner: type[Runner],
+    runner: type[ProfilingRunner],
     detector: LoadedDetector | None,
     frame: NDArray[np.uint8],
     layers: Sequence[Layer],
@@ -177,7 +177,7 @@ class ArtifactProfile:
 
 
 def profile_artifact(
-    runner: Runner, frame: NDArray[np.uint8], layers: Sequence[Layer], *, warmup: int, runs: int
+    runner: ProfilingRunner, frame: NDArray[np.uint8], layers: Sequence[Layer], *, warmup: int, runs: int
 ) -> ArtifactProfile:
     """Profile an artifact on one frame and sum its kernels by module path."""
     profiled = runner.profile(runner.input_of(frame), warmup=warmup, runs=runs)
@@ -223,7 +223,7 @@ def _has_fp32(artifact: Artifact) -> bool:
 
 
 def _contenders(
-    int8: Runner, fp32: Runner | None, detector: LoadedDetector | None, frame: NDArray[np.uint8]
+    int8: ProfilingRunner, fp32: ProfilingRunner | None, detector: LoadedDetector | None, frame: NDArray[np.uint8]
 ) -> dict[str, Callable[[], object]]:
     contenders: dict[str, Callable[[], object]] = {ARTIFACT: lambda: int8.infer(frame)}
     if fp32 is not None:
@@ -256,7 +256,7 @@ class _Baselines:
     runs: int
     on_run: Callable[[], None]
 
-    def runtime(self, runner: Runner, frame: NDArray[np.uint8]) -> dict[str, float]:
+    def runtime(self, runner: ProfilingRunner, frame: NDArray[np.uint8]) -> dict[str, float]:
         """Return the median ms of each path in the same runtime."""
         profiled = runner.profile(runner.input_of(frame), warmup=self.warmup, runs=self.runs)
         costs = sum_by_path(profiled, _owners(runner, profiled, self.paths))
@@ -278,7 +278,7 @@ def _report(on_run: Callable[[], None], runs: int) -> None:
         on_run()
 
 
-def _owners(runner: Runner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None) -> dict[str, str]:
+def _owners(runner: ProfilingRunner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None) -> dict[str, str]:
     """Return the module path of every kernel that ran."""
     owners = runner.kernel_owners(rows)
     missing = sorted({kernel.name for run in profiled for kernel in run.kernels} - owners.keys())

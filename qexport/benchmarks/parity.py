@@ -29,7 +29,7 @@ from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.local import LocalReference, Recorder, proposals_node
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import Gate, LayerParity, ParityReport, ParityStatus
-from qexport.runtimes.runner import Runner
+from qexport.runtimes.runner import Runner, input_of
 
 PROPOSALS = "proposals"
 
@@ -68,7 +68,8 @@ def compare(
         on_image()
     if not images:
         raise ParityError("no image to compare on: choose another --split, or more --parity-images.")
-    rows = tuple(_row(layer, session.tallies, tolerance_steps) for layer in layers)
+    declared = {row.key: row.reason for row in runner.artifact.unquantized}
+    rows = tuple(_row(layer, session.tallies, declared, tolerance_steps) for layer in layers)
     if not any(row.values for row in rows):
         raise ParityError(
             f"not one layer of the {runner.artifact.target} artifact could be compared with the detector. "
@@ -86,6 +87,7 @@ def compare(
             msgspec.structs.replace(gate, subject=runner.artifact.target)
             for gate in _gates(rows, tolerance_steps, max_unmatched, session.probe_differs)
         ),
+        rung=runner.rung,
     )
 
 
@@ -135,7 +137,8 @@ class _Session:
 
     def __init__(self, quantized: QuantizedDetector, runner: Runner) -> None:
         self._runner, self._quantized = runner, quantized
-        self._local = LocalReference(quantized)
+        declared = [row.key for row in runner.artifact.unquantized]
+        self._local = LocalReference(quantized, declared)
         self._sites = {site.key: site for site in runner.artifact.sites}
         self._tensors = [site.tensor for site in runner.artifact.sites]
         self._proposals_tensor = runner.artifact.float_sites[PROPOSALS]
@@ -154,7 +157,8 @@ class _Session:
         plain = self._runner.run(array)
         probed = self._runner.run(array, [*self._tensors, self._proposals_tensor])
         self.probe_differs += any(not np.array_equal(plain[name], probed[name]) for name in plain)
-        given = torch.from_numpy(array)
+        # The artifact may take the normalised image where the detector takes the frame.
+        given = torch.from_numpy(input_of(frame, self._quantized.static.spec))
         proposals = torch.from_numpy(probed[self._proposals_tensor])
         codes = {
             key: torch.from_numpy(codes_of(site, probed[site.tensor])) for key, site in self._sites.items()
@@ -217,14 +221,20 @@ def codes_of(site: TensorSite, stored: NDArray[np.generic]) -> NDArray[np.int8]:
     return np.ascontiguousarray(codes)
 
 
-def _row(layer: Layer, tallies: Mapping[str, _Tally], tolerance_steps: int) -> LayerParity:
+def _row(
+    layer: Layer, tallies: Mapping[str, _Tally], declared: Mapping[str, str], tolerance_steps: int
+) -> LayerParity:
     key = f"{layer.path}@{layer.call}/output:{layer.op}"
     tally = tallies.get("preprocess@0/output:image" if layer.stage == "preprocess" else key)
     status: ParityStatus = "ok"
     reason = ""
     if tally is None or (not tally.values and not tally.mismatch):
-        status = "unmatched" if layer.quantized else "float"
-        reason = "the artifact does not say where this tensor is" if layer.quantized else layer.reason
+        if key in declared:
+            status, reason = "unquantized", declared[key]
+        elif layer.quantized:
+            status, reason = "unmatched", "the artifact does not say where this tensor is"
+        else:
+            status, reason = "float", layer.reason
         return LayerParity(
             order=layer.order, path=layer.path, call=layer.call, port="", stage=layer.stage, kind=layer.kind,
             shape=layer.shape, status=status, reason=reason,
@@ -259,7 +269,7 @@ def _gates(
     compared = [row for row in rows if row.values]
     worst = max(compared, key=lambda row: (row.max_step or 0, (row.differing or 0) / row.values))
     broken = [row for row in rows if row.status in ("over_tolerance", "shape_mismatch")]
-    quantized = [row for row in rows if row.status != "float"]
+    quantized = [row for row in rows if row.status not in ("float", "unquantized")]
     unmatched = [row for row in rows if row.status == "unmatched"]
     share = len(unmatched) / len(quantized)
     return (

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import typer
 
 import qexport
+from qexport.cli.building import build
 from qexport.cli.detecting import detect
+from qexport.cli.doctor import doctor
 from qexport.cli.reporting import report, targets
 from qexport.cli.running import demo, inspect, run
 from qexport.cli.screen import say
@@ -35,7 +37,7 @@ _GROUPS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     ("Whole runs", (run, demo)),
     ("Stage by stage", (inspect, calibrate, export)),
     ("Measure a run", (compare, bench, evaluate)),
-    ("Results and use", (report, detect, targets)),
+    ("Results and use", (report, build, detect, targets, doctor)),
 )
 
 

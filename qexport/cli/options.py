@@ -227,6 +227,18 @@ KeepFloat: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+TargetOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-O",
+        "--option",
+        metavar="TARGET.NAME=VALUE",
+        rich_help_panel=_DETECTOR,
+        help="What one target alone can choose, tensorrt.workspace_mb=512. `qexport targets` lists all. "
+        "May be given several times.",
+        show_default=False,
+    ),
+]
 
 _PARITY_IMAGES = typer.Option(
     "--parity-images", metavar="N", min=1, rich_help_panel=_GATES, help="Images to compare layers on."

@@ -45,8 +45,10 @@ def report(
 def targets() -> None:
     """List the runtimes qexport lowers to, and what each needs on this machine.
 
-    `export` makes an artifact, `run` uses one, `measure` compares and times it.
+    `export` makes an artifact, `run` uses one, `measure` compares and times it. Below, what one target alone can
+    choose, given as -O TARGET.NAME=VALUE to `run`, `inspect`, `export` and `build`.
 
       qexport targets
     """
     screen.show_table(tables.target_table())
+    screen.show_table(tables.target_option_table())

@@ -31,6 +31,7 @@ def run(
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
     keep_float: options.KeepFloat = None,
+    target_option: options.TargetOption = None,
     frame: options.Frame = None,
     proposals: options.Proposals = None,
     detections: options.Detections = None,
@@ -56,12 +57,15 @@ def run(
 
       qexport run --model model.py:build --weights weights.pt --data dataset/ --target onnx --out runs/mine
 
+    Several targets share one table of scales: --target onnx --target tensorrt. Where a target's device is not
+    here, what its builder made is evaluated instead, layer by layer, and not timed.
+
     The file is run as it is; weights are only read, never executed. A run that was interrupted, and a run that
     is complete, take up where they stand when the same command is given again.
     """
     settings = _settings(
         model, data, weights, split, classes, seed,
-        observer, percentile, images, calibration_data, calibration_split, keep_float,
+        observer, percentile, images, calibration_data, calibration_split, keep_float, target_option,
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
@@ -117,6 +121,7 @@ def inspect(
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
     keep_float: options.KeepFloat = None,
+    target_option: options.TargetOption = None,
     frame: options.Frame = None,
     proposals: options.Proposals = None,
     detections: options.Detections = None,
@@ -139,7 +144,7 @@ def inspect(
 
     settings = _settings(
         model, data, weights, split, classes, seed,
-        observer, percentile, images, calibration_data, calibration_split, keep_float,
+        observer, percentile, images, calibration_data, calibration_split, keep_float, target_option,
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
@@ -159,6 +164,8 @@ def _run_all(settings: Settings, out: Path, targets: list[str], runs: int, warmu
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
     outcome = pipeline.run_all(work, targets, runs=runs, warmup=warmup, threads=threads)
     screen.show_table(tables.outcome_table(work.path, targets))
+    for sentence in outcome.untimed:
+        screen.show(sentence)
     screen.show(f"artifacts: {', '.join(str(work.path / target) for target in targets)}")
     screen.show(f"figures:   {outcome.report.json}, {outcome.report.timings}")
     screen.show(f"report:    {outcome.report.html}")
@@ -178,6 +185,7 @@ def _settings(
     calibration_data: Path | None,
     calibration_split: str | None,
     keep_float: list[str] | None,
+    target_option: list[str] | None,
     frame: str | None,
     proposals: int | None,
     detections: int | None,
@@ -204,6 +212,7 @@ def _settings(
         observer=observer,
         percentile=_PERCENTILE if percentile is None else percentile,
         keep_float=tuple(keep_float or ()),
+        target_options=tuple(target_option or ()),
         split=split,
         parity_images=parity_images,
         tolerance_steps=tolerance,

@@ -55,22 +55,29 @@ def calibrate(
     screen.show(f"wrote {work.path / 'encodings.json'}; next: qexport export {work.path} --target onnx")
 
 
-def export(run: options.Run, target: options.OneTarget) -> None:
+def export(run: options.Run, target: options.OneTarget, target_option: options.TargetOption = None) -> None:
     """Lower the quantized detector to a runtime; what was written is read back before it is called done.
 
-    Needs the table of encodings: `qexport calibrate` comes first.
+    Needs the table of encodings: `qexport calibrate` comes first. Options that are given replace the run's.
 
       qexport export runs/mine --target onnx
+      qexport export runs/mine --target tensorrt -O tensorrt.weights=int8
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
     pipeline.check_targets([target])
-    work = _resume(run, {})
+    work = _resume(run, {"target_options": tuple(target_option) if target_option else None})
     artifact = pipeline.export(work, target)
     for file in artifact.files:
         screen.show(f"{work.path / target / file.name}: {file.role}, {file.size_bytes / 1e6:.2f} MB")
+    for sentence in tables.describe_engines(work.path / target):
+        screen.show(sentence)
     integer = sum(layer.integer for layer in artifact.layers)
-    screen.show(f"{integer} of {len(artifact.layers)} layers run on integer kernels")
+    reformats = sum(layer.reformats for layer in artifact.layers)
+    screen.show(
+        f"{integer} of {len(artifact.layers)} layers run on integer kernels"
+        + (f"; {reformats} reformats between them" if artifact.rung == "built" else "")
+    )
     screen.show(f"next: qexport compare {work.path} --target {target}")
 
 

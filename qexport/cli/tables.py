@@ -8,10 +8,12 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from qexport.engines import FOLDER, load_engines
 from qexport.errors import GateFailed
 from qexport.layers import STAGES, DetectorReport
 from qexport.results import Accuracy, AccuracyReport, Gate, ParityReport
 from qexport.target import TARGETS, Ability, Target
+from qexport.target_options import describe_options
 
 _ABILITIES: tuple[Ability, ...] = ("export", "run", "measure")
 
@@ -171,11 +173,30 @@ def accuracy_table(accuracy: AccuracyReport) -> Table:
     return table
 
 
+def describe_engines(folder: Path) -> list[str]:
+    """Return a sentence for each engine that was built beside an artifact."""
+    return [
+        f"{folder / FOLDER / engine.name}: {engine.role} engine, {engine.size_bytes / 1e6:.2f} MB, built in "
+        f"{engine.build_s:.1f} s by {engine.built_for.library}, "
+        + (f"for {engine.built_for.gpu}" if engine.built_for.gpu else "without a GPU: it shows what is built")
+        for engine in load_engines(folder).engines
+    ]
+
+
 def target_table() -> Table:
     """Return a row for each target: what can be done with it here."""
     table = _table("target", *_ABILITIES, "what it is")
     for target in TARGETS:
         table.add_row(target.name, *(_ability(target, ability) for ability in _ABILITIES), target.summary)
+    return table
+
+
+def target_option_table() -> Table:
+    """Return a row for each option that one target alone has."""
+    table = _table("-O", "default", "what it chooses")
+    for target in TARGETS:
+        for name, default, meaning in describe_options(target.options):
+            table.add_row(f"{target.name}.{name}", default or "-", meaning)
     return table
 
 

@@ -27,6 +27,7 @@ from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_AL
 from qexport.plugins.onnx.readback import read_back
 from qexport.quantization.graph import argument_node
 from qexport.quantization.reference import QuantizedDetector
+from qexport.target_options import TargetOptions
 from qexport.versions import package_versions
 
 INT8, ZERO_POINT_0, FP32 = "int8", "int8-zero-point-0", "fp32"
@@ -34,7 +35,12 @@ FILE_NAMES = {INT8: "detector.int8.onnx", ZERO_POINT_0: "detector.int8.zp0.onnx"
 
 
 def export(
-    quantized: QuantizedDetector, encodings: Encodings, folder: Path, *, labels: tuple[str, ...]
+    quantized: QuantizedDetector,
+    encodings: Encodings,
+    folder: Path,
+    *,
+    labels: tuple[str, ...],
+    options: TargetOptions,
 ) -> Artifact:
     """Write the artifact into `folder`; its int8 file is opened in ONNX Runtime and read back first.
 
@@ -43,11 +49,13 @@ def export(
         encodings: the table that `quantized` was made with.
         folder: made where it is missing; files of the same names are replaced.
         labels: class names by label.
+        options: none; ONNX Runtime leaves no choice.
 
     Raises:
         ExportError: a layer that the encodings call quantized does not run as an integer kernel.
         UnsupportedOperator: an operator of the detector has no ONNX form.
     """
+    del options
     example = quantized.static.example_input()
     base = export_base_graph(
         quantized.graph, example, quantizers_in_order(quantized.graph, dict(quantized.quantize_nodes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,17 @@ class LocalReference:
     """Answers for one quantized tensor: given the integers that a runtime fed to the layer, which came out?
 
     A disagreement of more than a step is then the runtime's or the lowering's, and belongs to this layer alone.
+
+    Args:
+        detector: the quantized reference.
+        unquantized: keys of tensors that the target does not quantize: they are computed, and stay float.
     """
 
-    def __init__(self, detector: QuantizedDetector) -> None:
+    def __init__(self, detector: QuantizedDetector, unquantized: Collection[str] = ()) -> None:
         self._graph = detector.graph
         self._nodes = detector.quantize_nodes
         self._key_of = {node.args[0]: key for key, node in detector.quantize_nodes.items()}
+        self._unquantized = frozenset(unquantized)
         self._proposals = proposals_node(detector.graph)
         self._constants: dict[Node, Tensor] = {}
 
@@ -54,7 +59,11 @@ class LocalReference:
             source = node.args[0]
             assert isinstance(source, Node)
             if is_quantize(source) and source.args[0] in self._key_of:
-                stored = codes[self._key_of[source.args[0]]]
+                key = self._key_of[source.args[0]]
+                if key in self._unquantized:
+                    values[node] = self._value(argument_node(source), values, codes, frame)
+                    return values[node]
+                stored = codes[key]
                 values[node] = node.target(stored, *node.args[1:])  # type: ignore[operator]
                 return values[node]
             return self._constant(node)

@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from qexport.layers import Kind
 from qexport.runtimes import onnx_kernels
 from qexport.runtimes.onnx_session import make_session, with_outputs
-from qexport.runtimes.runner import KernelTime, ProfiledRun, Runner
+from qexport.runtimes.runner import OUTPUTS, KernelTime, ProfiledRun, ProfilingRunner
 
 if TYPE_CHECKING:
     import onnxruntime
 
-OUTPUTS = ("boxes", "scores", "labels", "count")
 INPUT = "frame"
 _KERNEL_SUFFIX = "_kernel_time"
 
 
-class OnnxRunner(Runner):
+class OnnxRunner(ProfilingRunner):
     """Runs an ONNX artifact in ONNX Runtime."""
 
     _session: onnxruntime.InferenceSession
@@ -76,6 +75,11 @@ class OnnxRunner(Runner):
         if tensors not in self._probes:
             self._probes[tensors] = make_session(with_outputs(self.path, tensors), threads=self.threads)
         return self._probes[tensors]
+
+
+def has_device() -> bool:
+    """Say that a CPU is there."""
+    return True
 
 
 def _profiled_runs(events: list[dict[str, Any]]) -> list[ProfiledRun]:

@@ -7,16 +7,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from qexport.artifact import Artifact, InputSpec, load_artifact
+from qexport.artifact import Artifact, InputSpec, Rung, load_artifact
 from qexport.detections import Detections
 from qexport.errors import DatasetError
 from qexport.layers import Kind
 from qexport.runtimes.preprocess import normalised_image
+
+OUTPUTS = ("boxes", "scores", "labels", "count")
+"""Names of every artifact's outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,9 @@ class Runner(ABC):
         role: which file, `int8` or its float baseline `fp32`.
         threads: threads of the runtime.
     """
+
+    rung: ClassVar[Rung] = "run"
+    """What its answers stand on."""
 
     def __init__(self, artifact: Path, *, role: str = "int8", threads: int = 1) -> None:
         self.artifact: Artifact
@@ -82,9 +89,8 @@ class Runner(ABC):
 
     def input_of(self, frame: NDArray[np.uint8]) -> NDArray[np.generic]:
         """Return what the artifact takes for a frame: the frame, or the normalised image."""
-        spec = self.artifact.input
-        check_frame(frame, spec)
-        return normalised_image(frame, spec) if spec.preprocess == "outside" else frame
+        check_frame(frame, self.artifact.input)
+        return input_of(frame, self.artifact.input)
 
     def detections(self, outputs: Mapping[str, NDArray[np.generic]]) -> Detections:
         """Cut the padding off the outputs of a run."""
@@ -107,6 +113,10 @@ class Runner(ABC):
     def run(self, array: NDArray[np.generic], tensors: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
         """Run once; return `boxes`, `scores`, `labels`, `count` and the named intermediate tensors."""
 
+
+class ProfilingRunner(Runner):
+    """A runtime that times its own kernels."""
+
     @abstractmethod
     def profile(self, array: NDArray[np.generic], *, warmup: int, runs: int) -> list[ProfiledRun]:
         """Run with every kernel timed."""
@@ -127,6 +137,11 @@ class Runner(ABC):
     @abstractmethod
     def between_kernels_ms(self) -> float:
         """Return what the runtime's profiler itself takes between two kernels, ms, measured."""
+
+
+def input_of(frame: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.generic]:
+    """Return what a detector of this input takes for a frame: the frame, or the normalised image."""
+    return normalised_image(frame, spec) if spec.preprocess == "outside" else frame
 
 
 def check_frame(frame: NDArray[np.uint8], spec: InputSpec) -> None:

@@ -105,12 +105,12 @@ def check_bindings(trt: Any) -> None:
         )
 
 
-def network_flags(trt: Any) -> int:
-    """Return flags of a strongly typed network, of one with explicit batch where the version asks for it."""
+def network_flags(trt: Any, *, weakly_typed: bool = False) -> int:
+    """Return flags of a strongly typed network; with explicit batch, and without types of its own, where asked."""
     names = getattr(trt.NetworkDefinitionCreationFlag, "__members__", {})
     flags = 0
     for name in ("STRONGLY_TYPED", "EXPLICIT_BATCH"):
-        if name in names:
+        if name in names and not (weakly_typed and name == "STRONGLY_TYPED"):
             flags |= 1 << int(names[name])
     return flags
 

@@ -47,6 +47,8 @@ class MissingStage(_Part, frozen=True):
     """Name of the file that the stage writes."""
     why: str
     command: str
+    needs_device: bool = False
+    """It cannot have run where the run was made: the target's device was not there."""
 
 
 class CalibrationSummary(_Part, frozen=True):

@@ -46,10 +46,10 @@ def run_verdict(run: RunResults) -> Verdict:
     failed = [line for line in lines if not line.gate.passed]
     if failed:
         return Verdict(state="failed", text=_failure(failed), gates=len(lines), failed=len(failed))
-    if run.missing or not lines:
+    due = [missing for missing in run.missing if not missing.needs_device]
+    if due or not lines:
         names = dict.fromkeys(
-            f"{missing.stage} of {missing.target}" if missing.target else missing.stage
-            for missing in run.missing
+            f"{missing.stage} of {missing.target}" if missing.target else missing.stage for missing in due
         )
         what = f"no result for {', '.join(names)}" if names else "no gate was measured"
         return Verdict(state="incomplete", text=f"Incomplete: {what}", gates=len(lines), failed=0)

@@ -1,0 +1,1 @@
+"""Write TensorRT layers into a network."""
