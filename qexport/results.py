@@ -64,6 +64,11 @@ class LayerParity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True
     cosine_fp32: float | None = None
     cosine_reference: float | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether it breaks the promise of parity: a wrong value, or one that could not be looked at."""
+        return self.status in ("over_tolerance", "shape_mismatch", "unmatched")
+
 
 class StageRecall(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How much of one detector's boxes the other also has, at one stage."""

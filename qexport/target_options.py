@@ -20,17 +20,19 @@ class BuildOptions(TargetOptions, frozen=True, forbid_unknown_fields=True, kw_on
     """How TensorRT builds an engine."""
 
     workspace_mb: Annotated[
-        int | None, Meta(ge=1, description="most memory that a kernel may use while it runs, MiB")
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="most memory that a kernel may use while it runs, MiB"),
     ] = None
     optimization_level: Annotated[
-        int | None, Meta(ge=0, le=5, description="0 builds fast, 5 looks longest; TensorRT 8.6 and newer")
+        Annotated[int, Meta(ge=0, le=5)] | None,
+        Meta(description="0 builds fast, 5 looks longest; TensorRT 8.6 and newer"),
     ] = None
     timing_cache: Annotated[
         bool, Meta(description="keep the timings of kernels for the next build, engines/timing.cache")
     ] = True
     dla_core: Annotated[
-        int | None,
-        Meta(ge=0, description="run on this DLA core, what it cannot on the GPU; Jetson Xavier and Orin"),
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="run on this DLA core, what it cannot on the GPU; Jetson Xavier and Orin"),
     ] = None
     batch: Annotated[int, Meta(description="frames at a time: 1, the detector is of fixed shape")] = 1
 

@@ -223,7 +223,10 @@ def _has_fp32(artifact: Artifact) -> bool:
 
 
 def _contenders(
-    int8: ProfilingRunner, fp32: ProfilingRunner | None, detector: LoadedDetector | None, frame: NDArray[np.uint8]
+    int8: ProfilingRunner,
+    fp32: ProfilingRunner | None,
+    detector: LoadedDetector | None,
+    frame: NDArray[np.uint8],
 ) -> dict[str, Callable[[], object]]:
     contenders: dict[str, Callable[[], object]] = {ARTIFACT: lambda: int8.infer(frame)}
     if fp32 is not None:
@@ -278,7 +281,9 @@ def _report(on_run: Callable[[], None], runs: int) -> None:
         on_run()
 
 
-def _owners(runner: ProfilingRunner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None) -> dict[str, str]:
+def _owners(
+    runner: ProfilingRunner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None
+) -> dict[str, str]:
     """Return the module path of every kernel that ran."""
     owners = runner.kernel_owners(rows)
     missing = sorted({kernel.name for run in profiled for kernel in run.kernels} - owners.keys())

@@ -93,6 +93,7 @@ def timings_document(run: RunResults) -> TimingsDocument:
                 parity=verdict.parity_verdict(one.parity),
                 latency=one.latency,
                 memory=one.memory,
+                engines=one.engines,
             )
             for one in run.targets
         )
@@ -118,6 +119,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,
         "baselines": tables.BASELINES,
+        "rungs": tables.RUNGS,
     }
 
 
@@ -128,6 +130,7 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
     return {
         "id": name,
         "results": one,
+        "untimed": any(missing.target == one.target and missing.needs_device for missing in run.missing),
         "parity": beside,
         "worst": tables.worst_layer(parity) if parity else None,
         "statuses": tables.status_counts(parity) if parity else {},

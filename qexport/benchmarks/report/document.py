@@ -10,8 +10,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision
+from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision, Rung, UnquantizedRow
 from qexport.encodings import Encodings, FloatRow
+from qexport.engines import Engine
 from qexport.layers import DetectorReport
 from qexport.results import AccuracyReport, Complexity, LatencyProfile, MemoryUse, ParityReport
 from qexport.settings import RunRecord
@@ -73,9 +74,15 @@ class ArtifactSummary(_Part, frozen=True):
     detections: int
     forms: dict[str, str]
     files: tuple[ArtifactFile, ...]
+    rung: Rung
+    """What `integer_layers` and `float_layers` stand on."""
     integer_layers: int
     float_layers: tuple[LayerDecision, ...]
     """The layers that the target does not run with an integer kernel."""
+    reformats: int
+    """Kernels beside the layers that only change layout or type."""
+    unquantized: tuple[UnquantizedRow, ...]
+    """Rows of the encodings that the target does not apply, by its own word."""
 
 
 class TargetDocument(_Part, frozen=True):
@@ -108,6 +115,8 @@ class TargetTimings(_Part, frozen=True):
     parity: Verdict
     latency: LatencyProfile | None
     memory: tuple[MemoryUse, ...] | None
+    engines: tuple[Engine, ...] = ()
+    """Built from the artifact, each bound to one machine."""
 
 
 class TimingsDocument(_Part, frozen=True):
@@ -151,6 +160,9 @@ def summarise_artifact(artifact: Artifact) -> ArtifactSummary:
         detections=artifact.detections,
         forms=artifact.forms,
         files=artifact.files,
+        rung=artifact.rung,
+        reformats=sum(layer.reformats for layer in artifact.layers),
+        unquantized=artifact.unquantized,
         integer_layers=sum(layer.integer for layer in artifact.layers),
         float_layers=tuple(layer for layer in artifact.layers if not layer.integer),
     )

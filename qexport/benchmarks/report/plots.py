@@ -193,7 +193,7 @@ def _scatter_by_stage(axes: Axes, layers: Sequence[LayerParity], values: Sequenc
                 markeredgewidth=0.5,
                 label=stage.replace("_", " "),
             )
-    failing = [place for place, layer in enumerate(layers) if layer.status not in ("ok", "float")]
+    failing = [place for place, layer in enumerate(layers) if layer.failed]
     if failing:
         axes.plot(
             [orders[place] for place in failing],

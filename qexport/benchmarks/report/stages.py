@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from qexport.artifact import MANIFEST, Artifact
 from qexport.benchmarks.report.document import MissingStage
 from qexport.encodings import Encodings, load_encodings
+from qexport.engines import Engine, load_engines
 from qexport.errors import RunFolderError
 from qexport.files import read_json
 from qexport.layers import DetectorReport
@@ -66,6 +67,7 @@ class TargetResults:
     latency: LatencyProfile | None
     complexity: Complexity | None
     memory: tuple[MemoryUse, ...] | None
+    engines: tuple[Engine, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +91,27 @@ class _Reader:
         self.run = run
         self.missing: list[MissingStage] = []
 
-    def optional(self, stage: Stage[_T], target: str = "") -> _T | None:
+    def optional(self, stage: Stage[_T], target: str = "", *, needs_device: bool = False) -> _T | None:
         path = self.run / target / stage.file
         if not path.is_file():
-            self.miss(stage, target, "has not run")
+            why = "was not measured: the device was not here" if needs_device else "has not run"
+            self.miss(stage, target, why, needs_device=needs_device)
             return None
         return read_json(path, stage.kind, RunFolderError)
 
-    def miss(self, stage: Stage[_T], target: str, why: str) -> None:
+    def miss(self, stage: Stage[_T], target: str, why: str, *, needs_device: bool = False) -> None:
         words = ["qexport", stage.command, str(self.run), *(["--target", target] if target else [])]
+        if needs_device:
+            words = ["qexport", "report", str(self.run), "--merge", "FILE..."]
         self.missing.append(
-            MissingStage(stage=stage.name, target=target, file=stage.file, why=why, command=shlex.join(words))
+            MissingStage(
+                stage=stage.name,
+                target=target,
+                file=stage.file,
+                why=why,
+                command=shlex.join(words),
+                needs_device=needs_device,
+            )
         )
 
 
@@ -162,7 +174,8 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
     if parity is not None and not _is_of(artifact, parity.artifact_sha256):
         reader.miss(PARITY, target, "was measured on another artifact")
         parity = None
-    latency = reader.optional(LATENCY, target)
+    needs_device = parity is not None and parity.rung != "run"
+    latency = reader.optional(LATENCY, target, needs_device=needs_device)
     if latency is not None and not _is_of(artifact, latency.artifact_sha256):
         reader.miss(LATENCY, target, "was measured on another artifact")
         latency = None
@@ -172,7 +185,8 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
         parity=parity,
         latency=latency,
         complexity=reader.optional(COMPLEXITY, target),
-        memory=reader.optional(MEMORY, target),
+        memory=None if needs_device else reader.optional(MEMORY, target),
+        engines=load_engines(reader.run / target).engines,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qexport.artifact import Artifact
+from qexport.artifact import Artifact, Rung
 from qexport.benchmarks.report import formats
 from qexport.encodings import Encodings
 from qexport.results import (
@@ -77,7 +77,7 @@ def differing_per_million(layer: LayerParity) -> float | None:
 
 def worst_layer(parity: ParityReport) -> LayerParity | None:
     """Return a layer that fails, else the one with the lowest SQNR against fp32; None where none has one."""
-    failing = [layer for layer in parity.layers if layer.status not in ("ok", "float")]
+    failing = [layer for layer in parity.layers if layer.failed]
     if failing:
         return max(failing, key=lambda layer: (layer.max_step or 0, -layer.order))
     measured = [layer for layer in parity.layers if layer.sqnr_fp32_db is not None]
@@ -87,7 +87,7 @@ def worst_layer(parity: ParityReport) -> LayerParity | None:
 def status_counts(parity: ParityReport) -> dict[str, int]:
     """Return how many layers have each status that occurs, failures first."""
     found = [layer.status for layer in parity.layers]
-    statuses = ("over_tolerance", "shape_mismatch", "unmatched", "ok", "float")
+    statuses = ("over_tolerance", "shape_mismatch", "unmatched", "ok", "unquantized", "float")
     return {status: found.count(status) for status in statuses if status in found}
 
 
@@ -179,7 +179,29 @@ def float_decisions(encodings: Encodings | None, artifact: Artifact | None) -> t
                     reason=layer.reason,
                 )
             )
+    for declared in artifact.unquantized if artifact is not None else ():
+        site, _, port = declared.key.partition("/")
+        path, _, call = site.partition("@")
+        rows.append(
+            FloatDecision(
+                path=path,
+                call=int(call),
+                op=port.partition(":")[2] or port,
+                decided_by="target",
+                kernels="",
+                reason=declared.reason,
+            )
+        )
     return tuple(rows)
+
+
+RUNGS: dict[Rung, str] = {
+    "structure": "structure: the file was read back, nothing was built or run",
+    "built": "built without a GPU: NVIDIA's own builder made the engine and listed its layers; the network that it "
+    "was given was evaluated in torch, layer by layer, and not timed",
+    "run": "run: the target's own runtime computed every value",
+}
+"""What a target's figures stand on, in words."""
 
 
 def class_rows(report: AccuracyReport) -> tuple[tuple[Accuracy, ClassAccuracy], ...]:
