@@ -71,7 +71,7 @@ def doctor(
     else:
         _show(found)
     if not found.ok:
-        raise TargetUnavailable("; ".join(found.problems))
+        raise TargetUnavailable("\n".join(found.problems))
 
 
 def _show(found: Diagnosis) -> None:
