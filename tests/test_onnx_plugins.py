@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from operator_cases import (
+    ADAPTIVE,
+    IMAGE_CASES,
+    MEAN,
+    NMS_CASES,
+    ROI_CASES,
+    STD,
+    RoiCase,
+    random_nms,
+)
 from torch import Tensor
 
 from qexport.detectors import operators
-from qexport.plugins.onnx import nms, normalised_image, roi_align
+from qexport.errors import UnsupportedOperator
+from qexport.plugins.onnx import loop_nms, nms, normalised_image, roi_align
 from qexport.plugins.onnx.global_average_pool import use_global_average_pool
 from qexport.plugins.onnx.integer_kernels import move_activations_after_quantizers, shift_to_uint8
 from qexport.plugins.onnx.integer_roi_align import lower_to_integer
@@ -23,8 +33,6 @@ from qexport.plugins.onnx.placeholders import DOMAIN, NMS_MASK, NORMALISED_IMAGE
 from qexport.runtimes.onnx_session import make_session
 
 Array = NDArray[Any]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-STRIDES = (4, 8, 16, 32)
 
 
 class Graph:
@@ -75,120 +83,42 @@ class Graph:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class RoiCase:
-    """Feature maps of pyramid levels, and boxes of many sizes on the image."""
-
-    levels: int
-    channels: int
-    boxes: Tensor
-    image_px: tuple[int, int] = (160, 224)
-    scales_of_levels: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    sampling_ratio: int = 2
-    output_size: tuple[int, int] = (7, 7)
-    canonical_scale: int = 56
-
-    def features(self) -> list[Tensor]:
-        """Return random maps, (1, C, H / stride, W / stride)."""
-        random = torch.Generator().manual_seed(self.levels + self.channels)
-        height, width = self.image_px
-        return [
-            torch.randn(1, self.channels, height // stride, width // stride, generator=random) * scale
-            for stride, scale in zip(STRIDES[: self.levels], self.scales_of_levels, strict=False)
-        ]
-
-    @property
-    def scales(self) -> list[float]:
-        return [1 / stride for stride in STRIDES[: self.levels]]
-
-    def torchvision(self, features: list[Tensor]) -> Tensor:
-        result: Tensor = operators.multiscale_roi_align(
-            features,
-            self.boxes,
-            self.scales,
-            list(self.output_size),
-            self.sampling_ratio,
-            self.canonical_scale,
-            4,
-        )
-        return result
-
-    def placeholder(self, graph: Graph, features: Sequence[ir.Value]) -> ir.Node:
-        boxes = graph.input(self.boxes.numpy())
-        attributes = {
-            "scales": self.scales,
-            "output_size": list(self.output_size),
-            "sampling_ratio": self.sampling_ratio,
-            "canonical_scale": self.canonical_scale,
-            "canonical_level": 4,
-        }
-        shape = (len(self.boxes), self.channels, *self.output_size)
-        return graph.op(ROI_ALIGN, [boxes, *features], attributes, shape=shape, domain=DOMAIN)
-
-
-def random_boxes(count: int, image_px: tuple[int, int] = (160, 224)) -> Tensor:
-    """Return boxes from tiny to huge inside the image, (N, 4)."""
-    random = torch.Generator().manual_seed(count)
-    height, width = image_px
-    size = torch.exp(torch.rand(count, 2, generator=random) * 5.5)
-    centre = torch.rand(count, 2, generator=random) * torch.tensor([width, height])
-    boxes = torch.cat([centre - size / 2, centre + size / 2], 1)
-    return operators_clip(boxes, image_px)
-
-
-def operators_clip(boxes: Tensor, image_px: tuple[int, int]) -> Tensor:
-    height, width = image_px
-    limit = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return torch.minimum(boxes.clamp(min=0), limit)
-
-
-BORDER_BOXES = torch.tensor(
-    [
-        [0, 0, 224, 160],  # all of the image
-        [0, 0, 0, 0],  # what pads the proposals
-        [224, 160, 224, 160],
-        [223.5, 0, 224, 160],  # less than a cell wide, at the right border
-        [0, 159.2, 224, 160],  # less than a cell high, at the lower border
-        [0, 157.5, 56, 159.9],
-        [220.1, 155.2, 224, 160],
-        [0, 0, 224, 1],
-        [0, 0, 3, 160],
-        [100.25, 80.5, 100.25, 120],
-        [191.9, 127.9, 224, 160],
-        [16, 16, 32, 32],
-    ],
-    dtype=torch.float32,
-)
-ROI_CASES = {
-    "four levels": RoiCase(4, 8, random_boxes(60)),
-    "three levels, odd channels": RoiCase(3, 13, random_boxes(40)),
-    "two levels": RoiCase(2, 5, random_boxes(30)),
-    "one level, one channel": RoiCase(1, 1, random_boxes(30)),
-    "border boxes": RoiCase(4, 6, BORDER_BOXES),
-    "border boxes, two levels": RoiCase(2, 6, BORDER_BOXES),
-    "border boxes, one level": RoiCase(1, 6, BORDER_BOXES),
-    "levels of different scale": RoiCase(4, 8, random_boxes(60), scales_of_levels=(0.2, 1.0, 3.0, 8.0)),
-    "coarse level small": RoiCase(4, 8, random_boxes(60), scales_of_levels=(8.0, 3.0, 1.0, 0.2)),
-    "a level that no box is large enough for, of huge scale": RoiCase(
-        4, 8, random_boxes(60), scales_of_levels=(1.0, 1.0, 1.0, 60.0), canonical_scale=112
-    ),
-    "one sample a bin": RoiCase(3, 4, torch.cat([random_boxes(20), BORDER_BOXES]), sampling_ratio=1),
-    "three samples a bin, oblong": RoiCase(
-        3, 4, torch.cat([random_boxes(20), BORDER_BOXES]), sampling_ratio=3, output_size=(3, 5)
-    ),
-    "one box": RoiCase(4, 4, random_boxes(60)[:1]),
-    "many boxes in several products": RoiCase(4, 64, random_boxes(300)),
-}
-ADAPTIVE = RoiCase(4, 4, torch.cat([random_boxes(20), BORDER_BOXES]), sampling_ratio=-1)
+def roi_placeholder(case: RoiCase, graph: Graph, features: Sequence[ir.Value]) -> ir.Node:
+    boxes = graph.input(case.boxes.numpy())
+    attributes = {
+        "scales": case.scales,
+        "output_size": list(case.output_size),
+        "sampling_ratio": case.sampling_ratio,
+        "canonical_scale": case.canonical_scale,
+        "canonical_level": 4,
+    }
+    shape = (len(case.boxes), case.channels, *case.output_size)
+    return graph.op(ROI_ALIGN, [boxes, *features], attributes, shape=shape, domain=DOMAIN)
 
 
 @pytest.mark.parametrize("case", [*ROI_CASES.values(), ADAPTIVE], ids=[*ROI_CASES, "adaptive samples"])
 def test_roi_align_atlas_equals_torchvision(case: RoiCase) -> None:
+    assert_roi_align_equal(case, roi_align.lower_to_atlas)
+
+
+@pytest.mark.parametrize("case", ROI_CASES.values(), ids=ROI_CASES.keys())
+def test_roi_align_grid_equals_torchvision(case: RoiCase) -> None:
+    assert_roi_align_equal(case, roi_align.lower_to_grid)
+
+
+def test_roi_align_grid_of_adaptive_samples_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedOperator, match="sampling_ratio -1 takes as many samples as a box is large"
+    ):
+        assert_roi_align_equal(ADAPTIVE, roi_align.lower_to_grid)
+
+
+def assert_roi_align_equal(case: RoiCase, lower: Callable[[ir.Node], None]) -> None:
     features = case.features()
     graph = Graph()
-    node = case.placeholder(graph, [graph.input(feature.numpy()) for feature in features])
+    node = roi_placeholder(case, graph, [graph.input(feature.numpy()) for feature in features])
     graph.output(node.outputs[0])
-    roi_align.lower_to_atlas(node)
+    lower(node)
     np.testing.assert_allclose(graph.run(), case.torchvision(features).numpy(), atol=1e-4, rtol=1e-4)
 
 
@@ -213,7 +143,7 @@ def int8_difference(case: RoiCase) -> tuple[Array, Array]:
             graph.constant(np.uint8(128), f"zero_{level}"),
         ]
         dequantized.append(graph.op("DequantizeLinear", given, {}, shape=feature.shape).outputs[0])
-    node = case.placeholder(graph, dequantized)
+    node = roi_placeholder(case, graph, dequantized)
     pooled = case.torchvision(real)
     scale = float(pooled.abs().max()) / 127
     given = [
@@ -240,55 +170,38 @@ def test_roi_align_int8_gather_of_adaptive_samples_is_refused_and_left() -> None
             graph.constant(np.uint8(128), f"zero_{level}"),
         ]
         dequantized.append(graph.op("DequantizeLinear", given, {}, shape=feature.shape).outputs[0])
-    node = ADAPTIVE.placeholder(graph, dequantized)
+    node = roi_placeholder(ADAPTIVE, graph, dequantized)
     assert lower_to_integer(graph.model) == []
     assert node in list(graph.model.graph)
 
 
-def random_nms(groups: int, number: int, *, valid: float, size: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return boxes, (G, N, 4), scores, which are all different, and which of them are valid."""
-    random = torch.Generator().manual_seed(groups * number)
-    corner = torch.rand(groups, number, 2, generator=random) * 200
-    extent = torch.rand(groups, number, 2, generator=random) * size + 1
-    scores = (torch.randperm(groups * number, generator=random).reshape(groups, number) + 1) / (
-        groups * number
-    )
-    return (
-        torch.cat([corner, corner + extent], 2),
-        scores,
-        torch.rand(groups, number, generator=random) < valid,
-    )
-
-
-NMS_CASES = {
-    "crowded": random_nms(4, 300, valid=1.0, size=120),
-    "sparse": random_nms(3, 100, valid=0.7, size=20),
-    "one group": random_nms(1, 50, valid=0.9, size=80),
-    "many groups of few": random_nms(90, 5, valid=0.5, size=100),
-    "beyond a thousand": random_nms(5, 400, valid=0.9, size=100),  # torchvision takes another way there
-    "none valid": random_nms(3, 20, valid=0.0, size=50),
-}
+NMS_FORMS = pytest.mark.parametrize("lower", [nms.lower, loop_nms.lower], ids=["NonMaxSuppression", "loop"])
 
 
 @pytest.mark.parametrize("given", NMS_CASES.values(), ids=NMS_CASES.keys())
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
+@NMS_FORMS
 def test_nms_keeps_the_boxes_that_torchvision_keeps(
-    given: tuple[Tensor, Tensor, Tensor], threshold: float
+    lower: Callable[[ir.Node], None], given: tuple[Tensor, Tensor, Tensor], threshold: float
 ) -> None:
-    assert_nms_equal(*given, threshold)
+    assert_nms_equal(lower, *given, threshold)
 
 
-def test_nms_keeps_a_valid_box_whose_score_is_zero() -> None:
+@NMS_FORMS
+def test_nms_keeps_a_valid_box_whose_score_is_zero(lower: Callable[[ir.Node], None]) -> None:
     boxes, scores, valid = random_nms(2, 8, valid=1.0, size=3)
-    assert_nms_equal(boxes, torch.zeros_like(scores), valid, 0.5)
+    assert_nms_equal(lower, boxes, torch.zeros_like(scores), valid, 0.5)
 
 
-def test_nms_of_equal_boxes_keeps_the_first_of_equal_scores() -> None:
+@NMS_FORMS
+def test_nms_of_equal_boxes_keeps_the_first_of_equal_scores(lower: Callable[[ir.Node], None]) -> None:
     boxes = torch.tensor([10.0, 10.0, 30.0, 30.0]).expand(2, 6, 4)
-    assert_nms_equal(boxes, torch.full((2, 6), 0.5), torch.ones(2, 6, dtype=torch.bool), 0.5)
+    assert_nms_equal(lower, boxes, torch.full((2, 6), 0.5), torch.ones(2, 6, dtype=torch.bool), 0.5)
 
 
-def assert_nms_equal(boxes: Tensor, scores: Tensor, valid: Tensor, threshold: float) -> None:
+def assert_nms_equal(
+    lower: Callable[[ir.Node], None], boxes: Tensor, scores: Tensor, valid: Tensor, threshold: float
+) -> None:
     graph = Graph()
     inputs = [graph.input(np.ascontiguousarray(tensor.numpy())) for tensor in (boxes, scores, valid)]
     node = graph.op(
@@ -300,34 +213,20 @@ def assert_nms_equal(boxes: Tensor, scores: Tensor, valid: Tensor, threshold: fl
         domain=DOMAIN,
     )
     graph.output(node.outputs[0])
-    nms.lower(node)
+    lower(node)
     expected = operators.batched_nms_mask(boxes, scores, valid, threshold)
     np.testing.assert_array_equal(graph.run(), expected.numpy())
 
 
-IMAGE_CASES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
-    "unresized": ((96, 128), (96, 128), (96, 128)),
-    "padded": ((90, 120), (90, 120), (96, 128)),
-    "halved": ((96, 128), (48, 64), (64, 64)),
-    "quartered": ((96, 128), (24, 32), (32, 32)),
-    "by three": ((96, 129), (32, 43), (32, 64)),
-    "halved along one axis": ((96, 128), (48, 128), (64, 128)),
-    "doubled": ((32, 48), (64, 96), (64, 96)),
-    "odd ratios": ((77, 101), (48, 63), (64, 64)),
-    "upscaled": ((33, 47), (64, 91), (64, 96)),
-    "large": ((480, 640), (800, 1066), (800, 1088)),
-    "wide": ((270, 1920), (187, 1333), (192, 1344)),
-}
-
-
+@pytest.mark.parametrize("integers_move", [True, False])
 @pytest.mark.parametrize("name", IMAGE_CASES)
-def test_normalised_image_of_noise_equals_torchvisions_transform(name: str) -> None:
+def test_normalised_image_of_noise_equals_torchvisions_transform(name: str, integers_move: bool) -> None:
     random = torch.Generator().manual_seed(1)
     frame = torch.randint(0, 256, (*IMAGE_CASES[name][0], 3), dtype=torch.uint8, generator=random)
-    assert image_difference(name, frame) <= 2e-6
+    assert image_difference(name, frame, integers_move=integers_move) <= 2e-6
 
 
-def image_difference(name: str, frame: Tensor) -> float:
+def image_difference(name: str, frame: Tensor, *, integers_move: bool) -> float:
     """Return the largest difference from torchvision's image, in units of the normalised image."""
     _, resized, padded = IMAGE_CASES[name]
     graph = Graph()
@@ -336,7 +235,7 @@ def image_difference(name: str, frame: Tensor) -> float:
         NORMALISED_IMAGE, [graph.input(frame.numpy())], attributes, shape=(1, 3, *padded), domain=DOMAIN
     )
     graph.output(node.outputs[0])
-    normalised_image.lower(node)
+    normalised_image.lower(node, integers_move=integers_move)
     expected = operators.normalised_image(frame, list(MEAN), list(STD), list(resized), list(padded))
     return float(np.abs(graph.run() - expected.numpy()).max())
 
