@@ -98,6 +98,8 @@ if [ "$skip_build" = 0 ]; then
     there rm -rf tensorrt || leave_with $?
     # shellcheck disable=SC2086
     run scp -q -r ${port:+-P "$port"} "$artifact" "$host:$remote/tensorrt" || leave_with 255
+    # What was built on the workstation does not load there.
+    there rm -rf tensorrt/engines || leave_with $?
 fi
 if [ -n "$wheel" ]; then
     # shellcheck disable=SC2086

@@ -23,12 +23,11 @@ from jetson_board import (
     SCRIPTS,
     make_artifact,
     make_program,
-    make_root,
     make_trtexec,
     run_script,
 )
 
-from qexport.benchmarks.board import read_board, throttling
+from qexport.benchmarks.board import read_board
 
 COMMANDS = ("install.sh", "build.sh", "run.sh", "measure.sh", "board.sh", "over_ssh.sh")
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.sh"))
@@ -183,6 +182,28 @@ def test_measure_changes_power_mode_and_clocks_when_asked_and_sets_them_back(
     ]
 
 
+def test_measure_that_fails_sets_mode_and_clocks_back(artifact: Path, tmp_path: Path) -> None:
+    trtexec = make_trtexec(tmp_path / "bin", HELP_11_1)
+    variables = {"TRTEXEC": str(trtexec), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    run_script("build.sh", artifact, "--with", "trtexec", cwd=tmp_path, variables=variables)
+    make_trtexec(tmp_path / "bin", HELP_11_1, fails=True)
+    make_program(tmp_path / "bin", "nvpmodel", "printf 'NV Power Mode: 15W\\n0\\n'")
+    make_program(tmp_path / "bin", "jetson_clocks", "exit 0")
+    make_program(tmp_path / "bin", "sudo", f'echo "$@" >>"{tmp_path / "asked"}"')
+    said = run_script(
+        "measure.sh", artifact, "--power-mode", "2", "--max-clocks", cwd=tmp_path, code=1, variables=variables
+    ).stderr
+    assert "trtexec could not run results/int8.engine" in said
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "nvpmodel -m 2",
+        "jetson_clocks --store results/clocks.conf",
+        "jetson_clocks",
+        "jetson_clocks --restore results/clocks.conf",
+        "nvpmodel -m 0",
+    ]
+    assert not (tmp_path / "results" / "board.json").exists()
+
+
 def test_measure_where_the_power_mode_cannot_be_changed_is_refused(artifact: Path, tmp_path: Path) -> None:
     trtexec = make_trtexec(tmp_path / "bin", HELP_11_1)
     make_program(tmp_path / "bin", "nvpmodel", "echo 'permission denied' >&2; exit 1")
@@ -247,82 +268,6 @@ def test_measure_of_what_qexport_built_asks_its_record(
     assert ("--loadEngine=" in finished.stdout) == is_of_this_network
 
 
-def test_board_state_holds_what_the_board_tells(tmp_path: Path) -> None:
-    state = json.loads(run_script("board.sh", "--root", make_root(tmp_path / "board"), cwd=tmp_path).stdout)
-    assert state.pop("at").endswith("+00:00")
-    assert state == {
-        "power_mode": "MAXN_SUPER (2)",
-        "clocks_mhz": {
-            "cpu0": 729.6,
-            "cpu0 limit": 1728,
-            "gpu": 306,
-            "gpu lowest": 306,
-            "gpu limit": 1020,
-        },
-        "temperatures_c": {"cpu-thermal": 48.218, "gpu-thermal": 51.5},
-        "cooling": {"cooling_device0 gpu-throttle-alert": 1},
-        "power_events": {"oc1": 0, "oc3": 27},
-        "memory_available_kib": 5012340,
-    }
-
-
-def test_board_state_of_an_empty_folder_is_still_json(tmp_path: Path) -> None:
-    state = json.loads(run_script("board.sh", "--root", tmp_path, cwd=tmp_path).stdout)
-    assert state["temperatures_c"] == state["cooling"] == state["clocks_mhz"] == {}
-    assert state["memory_available_kib"] is None
-
-
-def test_board_sensor_that_gives_no_number_is_left_out(tmp_path: Path) -> None:
-    root = make_root(tmp_path / "board")
-    (root / "sys/class/thermal/thermal_zone0/temp").write_text("n/a\n")
-    (root / "sys/class/thermal/thermal_zone1/type").write_text('gpu "hot" \\ zone\n')
-    state = json.loads(run_script("board.sh", "--root", root, cwd=tmp_path).stdout)
-    assert state["temperatures_c"] == {'gpu "hot" \\ zone': 51.5}
-
-
-def test_board_file_is_read_by_qexport(tmp_path: Path) -> None:
-    root = make_root(tmp_path / "board")
-    before = tmp_path / "before.json"
-    before.write_text(run_script("board.sh", "--root", root, cwd=tmp_path).stdout)
-    (root / "sys/class/hwmon/hwmon3/oc3_event_cnt").write_text("30\n")
-    after = tmp_path / "after.json"
-    after.write_text(run_script("board.sh", "--root", root, cwd=tmp_path).stdout)
-    watched = tmp_path / "watched.txt"
-    watched.write_text("306 48.5 0\n1020 55.5 1\n918 52 0\n")
-    written = run_script(
-        "board.sh", "--root", root, "--before", before, "--after", after, "--watched", watched, cwd=tmp_path
-    ).stdout
-    (tmp_path / "board.json").write_text(written)
-    board = read_board(tmp_path / "board.json")
-    assert board.model == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert (board.l4t, board.jetpack, board.cuda, board.cores) == ("36.4.3", "6", "12.6.68", 3)
-    assert board.memory_kib == 7620236
-    assert board.watched is not None
-    assert (board.watched.samples, board.watched.throttled_samples) == (3, 1)
-    assert (board.watched.gpu_highest_mhz, board.watched.hottest_c) == (1020, 55.5)
-    assert throttling(board) == (
-        "3 power events (oc3)",
-        "clocks held back in 1 of 3 s",
-        "cooling_device0 gpu-throttle-alert in state 1",
-    )
-
-
-def test_board_watch_prints_clock_heat_and_throttling(tmp_path: Path) -> None:
-    root = make_root(tmp_path / "board")
-    command = ["sh", str(SCRIPTS / "board.sh"), "--watch", "30", "--root", str(root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
-        assert watch.stdout is not None
-        line = watch.stdout.readline()
-        watch.kill()
-    assert line == "306 51.5 1\n"
-
-
-def test_board_with_one_of_two_states_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "before.json").write_text("{}")
-    said = run_script("board.sh", "--before", "before.json", cwd=tmp_path, code=2).stderr
-    assert "--before and --after go together" in said
-
-
 def test_run_on_an_image_without_qexport_names_what_installs_it(artifact: Path, tmp_path: Path) -> None:
     make_program(tmp_path / "bin", "python3", "exit 1")  # a board whose Python has neither
     (tmp_path / "street.jpg").write_text("")
@@ -358,112 +303,3 @@ def test_install_without_the_bindings_names_the_package(tmp_path: Path) -> None:
     variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     said = run_script("install.sh", cwd=tmp_path, code=3, variables=variables).stderr
     assert "sudo apt-get install python3-libnvinfer" in said
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> dict[str, str]:
-    """Programs ssh and scp that write down their words, one call a line; scp brings the files it is asked for."""
-    log = tmp_path / "network"
-    note = f"""printf '%s|' "${{0##*/}}" "$@" >>"{log}"; echo >>"{log}" """
-    make_program(tmp_path / "net", "ssh", f'{note}\nexit "${{SSH_ANSWERS:-0}}"')
-    make_program(
-        tmp_path / "net",
-        "scp",
-        f'{note}\nfor word; do last=$word; done\n[ -d "$last" ] && echo x >"$last/got"; exit 0',
-    )
-    return {"PATH": f"{tmp_path / 'net'}:{os.environ['PATH']}"}
-
-
-def calls(tmp_path: Path) -> list[list[str]]:
-    return [line.split("|")[:-1] for line in (tmp_path / "network").read_text().splitlines()]
-
-
-def test_over_ssh_copies_builds_measures_and_brings_back(
-    artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    finished = run_script(
-        "over_ssh.sh", "me@nano", artifact, "--port", "2222", "--runs", "9", cwd=tmp_path, variables=network
-    )
-    made = calls(tmp_path)
-    assert [call[-1] for call in made if call[0] == "ssh"] == [
-        "mkdir -p qexport-board/scripts",
-        "cd qexport-board && rm -rf tensorrt",
-        "cd qexport-board && sh scripts/build.sh tensorrt --precision int8 --out results",
-        "cd qexport-board && sh scripts/measure.sh tensorrt --precision int8 --out results --runs 9",
-    ]
-    assert all(call[1:4] == ["-p", "2222", "me@nano"] for call in made if call[0] == "ssh")
-    assert ["scp", "-q", "-r", "-P", "2222", str(artifact), "me@nano:qexport-board/tensorrt"] in made
-    fetched = [call[-2].rpartition("/")[2] for call in made if call[-1] == "results/nano/"]
-    assert fetched == ["times.json", "profile.json", "layers.json", "board.json", "measure.log"]
-    assert f"qexport report {tmp_path} --merge results/nano/times.json" in finished.stderr
-
-
-def test_over_ssh_asks_for_power_only_when_told(
-    artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    run_script(
-        "over_ssh.sh", "nano", artifact, "--max-clocks", "--power-mode", "0", cwd=tmp_path, variables=network
-    )
-    measure = next(call[-1] for call in calls(tmp_path) if "measure.sh" in call[-1])
-    assert measure.endswith("--out results --max-clocks --power-mode 0")
-
-
-def test_over_ssh_with_a_wheel_installs_it_first(
-    artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "qexport-1-py3-none-any.whl").write_text("")
-    run_script(
-        "over_ssh.sh",
-        "nano",
-        artifact,
-        "--wheel",
-        "qexport-1-py3-none-any.whl",
-        cwd=tmp_path,
-        variables=network,
-    )
-    commands = [call[-1] for call in calls(tmp_path) if call[0] == "ssh"]
-    assert commands[2] == "cd qexport-board && sh scripts/install.sh --from ./qexport-1-py3-none-any.whl"
-    assert "build.sh" in commands[3]
-
-
-def test_over_ssh_without_a_build_leaves_the_artifact_there(
-    artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    run_script("over_ssh.sh", "nano", artifact, "--skip-build", cwd=tmp_path, variables=network)
-    commands = [" ".join(call) for call in calls(tmp_path)]
-    assert not any("rm -rf" in command or "build.sh tensorrt" in command for command in commands)
-    assert not any(command.endswith("qexport-board/tensorrt") for command in commands)
-
-
-@pytest.mark.parametrize(
-    ("answer", "code", "said"), [("1", 1, "on nano"), ("255", 3, "could not reach nano")]
-)
-def test_over_ssh_passes_on_what_the_board_answers(
-    answer: str, code: int, said: str, artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    variables = {**network, "SSH_ANSWERS": answer}
-    assert (
-        said
-        in run_script("over_ssh.sh", "nano", artifact, cwd=tmp_path, code=code, variables=variables).stderr
-    )
-
-
-def test_over_ssh_dry_run_touches_nothing(artifact: Path, network: dict[str, str], tmp_path: Path) -> None:
-    printed = run_script("over_ssh.sh", "nano", artifact, "--dry-run", cwd=tmp_path, variables=network).stdout
-    assert (
-        "ssh nano 'cd qexport-board && sh scripts/build.sh tensorrt --precision int8 --out results'\n"
-        in printed
-    )
-    assert not (tmp_path / "network").exists()
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize("folder", ["/", "../elsewhere", "a b", "x;reboot"])
-def test_over_ssh_refuses_a_remote_folder_that_a_shell_would_misread(
-    folder: str, artifact: Path, network: dict[str, str], tmp_path: Path
-) -> None:
-    said = run_script(
-        "over_ssh.sh", "nano", artifact, "--remote", folder, cwd=tmp_path, code=2, variables=network
-    ).stderr
-    assert "--remote is a folder" in said
-    assert not (tmp_path / "network").exists()
