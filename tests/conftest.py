@@ -140,9 +140,10 @@ def demo_export(
 ) -> tuple[Artifact, Path]:
     """The ONNX artifact and its folder; a test that edits files copies the folder first."""
     from qexport.exporters.onnx import export
+    from qexport.target_options import TargetOptions
 
     folder = tmp_path_factory.mktemp("demo-artifact")
-    return export(demo_quantized, demo_encodings, folder, labels=demo.labels), folder
+    return export(demo_quantized, demo_encodings, folder, labels=demo.labels, options=TargetOptions()), folder
 
 
 @pytest.fixture(scope="session")

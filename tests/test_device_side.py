@@ -25,6 +25,7 @@ from qexport.detectors.static import make_static
 from qexport.exporters import onnx as onnx_exporter
 from qexport.quantization.reference import quantize
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.target_options import TargetOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(qexport.__file__).parent
@@ -86,7 +87,9 @@ def camera(tmp_path_factory: pytest.TempPathFactory) -> Camera:
     loaded = load_detector("demo", None)
     static = make_static(loaded.module, frame_px=(HEIGHT, WIDTH))
     encodings = calibrate(static, [draw_scene(*CAMERA_SEED, index).pixels for index in range(2)])
-    onnx_exporter.export(quantize(static, encodings), encodings, folder / "onnx", labels=loaded.labels)
+    onnx_exporter.export(
+        quantize(static, encodings), encodings, folder / "onnx", labels=loaded.labels, options=TargetOptions()
+    )
     pixels = draw_scene(*CAMERA_SEED).pixels
     Image.fromarray(pixels).save(folder / "frame.png")
     with OnnxRunner(folder / "onnx") as runner:

@@ -36,6 +36,7 @@ from qexport.results import LatencyProfile
 from qexport.runtimes import onnx_kernels
 from qexport.runtimes.onnx import OnnxRunner
 from qexport.runtimes.runner import KernelTime, ProfiledRun
+from qexport.target_options import TargetOptions
 
 WARMUP, RUNS = 1, 3
 
@@ -398,7 +399,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     frame = draw_scene(7, 0, 0).pixels
     static = make_static(detector.module, frame_px=(frame.shape[0], frame.shape[1]))
     encodings = calibrate(static, [frame])
-    onnx_exporter.export(quantize(static, encodings), encodings, folder, labels=detector.labels)
+    onnx_exporter.export(
+        quantize(static, encodings), encodings, folder, labels=detector.labels, options=TargetOptions()
+    )
     layers = inspect_layers(static)
     frame.setflags(write=False)  # as a frame from a decoder may be
     steps: list[None] = []

@@ -30,6 +30,7 @@ from qexport.quantization.reference import QuantizedDetector, quantize
 from qexport.runtimes.onnx import OnnxRunner
 from qexport.runtimes.onnx_session import make_session
 from qexport.runtimes.preprocess import normalised_image
+from qexport.target_options import TargetOptions
 
 WEIGHTED = ("conv2d", "linear", "add")
 LABELS = ("__background__", "a", "b", "c")
@@ -61,7 +62,9 @@ def test_export_twice_gives_the_same_bytes(
     demo_export: tuple[Artifact, Path],
     tmp_path: Path,
 ) -> None:
-    again = export(demo_quantized, demo_encodings, tmp_path / "again", labels=demo.labels)
+    again = export(
+        demo_quantized, demo_encodings, tmp_path / "again", labels=demo.labels, options=TargetOptions()
+    )
     assert again == demo_export[0]
     for name in FILE_NAMES.values():
         assert (tmp_path / "again" / name).read_bytes() == (demo_export[1] / name).read_bytes()
@@ -213,7 +216,9 @@ def test_preprocessing_outside_the_artifact_finds_what_inside_finds(
         assert static.spec.resized_height_px == small_static.spec.resized_height_px
         inputs = [normalised_image(frame, static.spec) if place == "outside" else frame for frame in frames]
         encodings = calibrate(static, inputs)
-        artifact = export(quantize(static, encodings), encodings, tmp_path / place, labels=LABELS)
+        artifact = export(
+            quantize(static, encodings), encodings, tmp_path / place, labels=LABELS, options=TargetOptions()
+        )
         assert artifact.input.preprocess == place
         with OnnxRunner(tmp_path / place) as runner:
             found[place] = [runner.infer(frame) for frame in frames]
@@ -231,7 +236,7 @@ def kept_float_artifact(
 ) -> Path:
     encodings, quantized = kept_float
     folder = tmp_path_factory.mktemp("kept-float")
-    export(quantized, encodings, folder, labels=demo.labels)
+    export(quantized, encodings, folder, labels=demo.labels, options=TargetOptions())
     return folder
 
 
@@ -271,7 +276,7 @@ def test_export_of_a_channel_with_huge_bias_stores_it_in_int32_and_keeps_parity(
         layer.bias[0] = 900.0  # type: ignore[index, operator]
     encodings = calibrate(static, small_frames[:2])
     quantized = quantize(static, encodings)
-    export(quantized, encodings, tmp_path, labels=LABELS)
+    export(quantized, encodings, tmp_path, labels=LABELS, options=TargetOptions())
     model = onnx.load(tmp_path / FILE_NAMES["int8"])
     stored = [numpy_helper.to_array(item) for item in model.graph.initializer]
     largest = max(
@@ -300,7 +305,7 @@ def test_torchvision_detector_is_exported_and_keeps_parity(
     frames = [texture(seed).numpy() for seed in range(4)]
     encodings = calibrate(static, frames[:3])
     quantized = quantize(static, encodings)
-    artifact = export(quantized, encodings, tmp_path, labels=LABELS)
+    artifact = export(quantized, encodings, tmp_path, labels=LABELS, options=TargetOptions())
     assert {layer.op for layer in artifact.layers if not layer.integer} == floats
     assert {layer.reason != "" for layer in artifact.layers if not layer.integer} <= {True}
     with OnnxRunner(tmp_path) as runner:

@@ -171,6 +171,7 @@ from qexport.quantization.inspection import inspect_layers
 from qexport.quantization.reference import quantize
 from qexport.exporters.onnx import export
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.target_options import TargetOptions
 torch.set_num_threads(1)
 folder, images = Path(sys.argv[1]), int(sys.argv[2])
 loaded = load_detector("demo", None)
@@ -178,7 +179,7 @@ static = make_static(loaded.module, frame_px=(240, 320))
 frame = draw_scene(1, 0).pixels
 encodings = calibrate(static, [frame])
 quantized = quantize(static, encodings)
-export(quantized, encodings, folder, labels=loaded.labels)
+export(quantized, encodings, folder, labels=loaded.labels, options=TargetOptions())
 with OnnxRunner(folder) as runner:
     compare(quantized, runner, inspect_layers(static), (frame for _ in range(images)), split="one")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -21,6 +21,7 @@ from qexport.quantization.inspection import inspect_layers
 from qexport.quantization.reference import quantize
 from qexport.results import Gate, LatencyStats
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.target_options import TargetOptions
 
 CALIBRATION_FRAMES, PARITY_FRAMES = 4, 2
 
@@ -61,7 +62,7 @@ def measure_also(
     static = make_static(loaded.module, frame_px=(frames[0].shape[0], frames[0].shape[1]))
     encodings = calibrate(static, frames[:CALIBRATION_FRAMES])
     quantized = quantize(static, encodings)
-    artifact = export(quantized, encodings, folder, labels=loaded.labels)
+    artifact = export(quantized, encodings, folder, labels=loaded.labels, options=TargetOptions())
     with OnnxRunner(folder) as runner:
         report = compare(quantized, runner, inspect_layers(static), frames[-PARITY_FRAMES:], split="bench")
     turns = []

@@ -19,11 +19,12 @@ from qexport.encodings import Encodings
 from qexport.files import sha256_json, whole_file, write_bytes
 from qexport.plugins.onnx import loop_nms, nms, normalised_image, roi_align
 from qexport.plugins.onnx.base_graph import BaseGraph, export_base_graph, quantizers_in_order
+from qexport.plugins.onnx.float_weights import store_weights_as_float
 from qexport.plugins.onnx.half_precision import to_half_precision
 from qexport.plugins.onnx.names import name_all
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
-from qexport.plugins.onnx.tensorrt_fusions import fuse_residual_adds, store_weights_as_float
 from qexport.plugins.tensorrt.readback import read_back
+from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
 from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.reference import QuantizedDetector
 from qexport.runtimes import calibration_cache
@@ -39,7 +40,6 @@ FILE_NAMES = {
     FP32: "detector.fp32.onnx",
     CACHE: calibration_cache.FILE_NAME,
 }
-FUSED = "added inside the convolution's kernel, before its one rounding: the tensor never exists, and is more exact"
 
 
 def export(
@@ -67,17 +67,12 @@ def export(
     library = load_library()
     forms = choose_forms(library, options)
     example = quantized.static.example_input()
-    base = export_base_graph(
-        quantized.graph, example, quantizers_in_order(quantized.graph, dict(quantized.quantize_nodes))
-    )
-    fused = set(fuse_residual_adds(base.model))
+    fused = fuse_residual_adds(quantized.graph, quantized.quantize_nodes)
+    base = export_base_graph(fused.graph, example, quantizers_in_order(fused.graph, fused.quantize_nodes))
     if options.weights == "float":
         store_weights_as_float(base.model)
     lower(base.model, forms)
     sites = _name(base, quantized)
-    unquantized = tuple(
-        UnquantizedRow(key, FUSED) for key, name in base.quantized_names.items() if name in fused
-    )
     _save(base.model, folder / FILE_NAMES[INT8])
     _write_floats(quantized, forms, folder)
     built = build_from_onnx(library, folder, FILE_NAMES, INT8, options)
@@ -102,7 +97,7 @@ def export(
         sites=sites,
         float_sites={"proposals": str(base.proposals.name)},
         layers=layers,
-        unquantized=unquantized,
+        unquantized=tuple(UnquantizedRow(key, FUSED) for key in fused.removed),
         rung="built",
     )
     save_artifact(artifact, folder)
@@ -173,7 +168,7 @@ def _write_floats(quantized: QuantizedDetector, forms: Mapping[str, str], folder
 def _name(base: BaseGraph, quantized: QuantizedDetector) -> tuple[TensorSite, ...]:
     """Name nodes and tensors after modules; return where each row of the encodings is found."""
     values = {str(output.name): output for node in base.model.graph for output in node.outputs}
-    found = {key: values[name] for key, name in base.quantized_names.items() if name in values}
+    found = {key: values[name] for key, name in base.quantized_names.items()}
     name_all(base.model, {str(value.name): key.replace("@0/", "/") for key, value in found.items()})
     return tuple(
         TensorSite(
