@@ -22,6 +22,7 @@ from qexport.plugins.onnx.base_graph import BaseGraph, export_base_graph, quanti
 from qexport.plugins.onnx.float_weights import store_weights_as_float
 from qexport.plugins.onnx.half_precision import to_half_precision
 from qexport.plugins.onnx.names import name_all
+from qexport.plugins.onnx.opset_17 import to_opset_17
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
 from qexport.plugins.tensorrt.readback import read_back
 from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
@@ -133,6 +134,7 @@ def lower(model: ir.Model, forms: Mapping[str, str]) -> None:
         if node.op_type in lowerings:
             lowerings[node.op_type](node)
     RemoveUnusedOpsetsPass()(model)
+    to_opset_17(model)
 
 
 def _lower_image(node: ir.Node) -> None:

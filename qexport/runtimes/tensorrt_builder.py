@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from qexport.runtimes.calibration_cache import FILE_NAME as CALIBRATION_CACHE
 from qexport.runtimes.calibration_cache import cache_calibrator
 from qexport.runtimes.nvidia_device import find_device
 from qexport.runtimes.tensorrt_layers import LISTING, EngineLayer, parse_inspector, parse_listing
-from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, network_flags
+from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, network_flags, start_builder
 from qexport.target_options import BuildOptions
 
 MOST_TOPK = 3840
@@ -63,9 +64,7 @@ class EngineBuilder:
         self.library, trt = library, library.trt
         self.messages: list[tuple[Any, str]] = []
         self._logger = _collecting_logger(trt, self.messages)
-        self.builder = trt.Builder(self._logger)
-        if self.builder is None:
-            raise TargetUnavailable("TensorRT cannot start here; `qexport doctor` shows what is missing.")
+        self.builder = start_builder(trt, self._logger)
         self.network = self.builder.create_network(network_flags(trt, weakly_typed=weakly_typed))
         self._keep: list[Any] = []
 
@@ -73,6 +72,15 @@ class EngineBuilder:
     def logger(self) -> Any:
         """The `ILogger` that collects."""
         return self._logger
+
+    def take(self, builder: Any, network: Any) -> None:
+        """Go on with a network that was made elsewhere, with this log.
+
+        Args:
+            builder: the `IBuilder` that made it.
+            network: an `INetworkDefinition`.
+        """
+        self.builder, self.network = builder, network
 
     def parse(self, path: Path) -> Any:
         """Read an ONNX file into the network, and return it.
@@ -119,7 +127,7 @@ class EngineBuilder:
             raise ExportError(_refusal(self.library, self.errors()))
         data = bytes(serialized)
         if timings is not None and cache is not None:
-            write_bytes(cache, bytes(config.get_timing_cache().serialize()))
+            write_bytes(cache, bytes(timings.serialize()))
         return BuiltEngine(data, self._layers(data), round(seconds, 3))
 
     def errors(self) -> list[str]:
@@ -171,11 +179,14 @@ class EngineBuilder:
     def _take_timings(self, config: Any, cache: Path | None) -> Any:
         if cache is None or not hasattr(config, "create_timing_cache"):
             return None
-        timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        # One of another TensorRT or GPU is not taken, and begun anew.
-        if timings is None or not config.set_timing_cache(timings, False):
-            timings = config.create_timing_cache(b"")
-            config.set_timing_cache(timings, False)
+        with warnings.catch_warnings():
+            # TensorRT for RTX has the calls, does nothing in them, and says that they are deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+            # One of another TensorRT or GPU is not taken, and begun anew.
+            if timings is None or not config.set_timing_cache(timings, False):
+                timings = config.create_timing_cache(b"")
+                config.set_timing_cache(timings, False)
         return timings
 
     def _layers(self, data: bytes) -> tuple[EngineLayer, ...]:

@@ -85,8 +85,7 @@ def check_bindings(trt: Any) -> None:
     """
     import numpy as np  # noqa: PLC0415 - only here
 
-    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
-    builder = trt.Builder(logger)
+    builder = start_builder(trt, trt.Logger(trt.Logger.INTERNAL_ERROR))
     network = builder.create_network(network_flags(trt))
     given = network.add_input("x", trt.float32, (1, 3, 16, 16))
     weights = np.zeros((8, 3, 3, 3), np.float32)
@@ -103,6 +102,27 @@ def check_bindings(trt: Any) -> None:
             f"TensorRT's Python bindings ({trt.__version__}) and the library they load are of different versions: "
             f"asked for {expected}, got {found}. Install both from one release; `qexport doctor` shows what is there."
         )
+
+
+def start_builder(trt: Any, logger: Any) -> Any:
+    """Return a `tensorrt.Builder`.
+
+    Raises:
+        TargetUnavailable: there is no GPU or driver, which classic TensorRT needs to build as well.
+    """
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # "factory function returned nullptr"
+        builder, reason = None, str(error)
+    else:
+        reason = "no builder came back"
+    if builder is None:
+        raise TargetUnavailable(
+            f"TensorRT {trt.__version__} cannot start here ({reason}): classic TensorRT needs an NVIDIA GPU and its "
+            "driver, to build as well; `qexport doctor` shows what is there. Without a GPU (Linux, x86-64): "
+            "pip install 'qexport[tensorrt-cpu]', in an environment without the package tensorrt."
+        )
+    return builder
 
 
 def network_flags(trt: Any, *, weakly_typed: bool = False) -> int:

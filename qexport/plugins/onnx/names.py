@@ -49,7 +49,22 @@ def name_all(model: ir.Model, tensors: Mapping[str, str]) -> None:
             given = tensors.get(output.name or "")
             output.name = given or f"{name}/output" + (f"_{index}" if index else "")
         node.metadata_props.clear()
+        _name_body(node)
     _name_constants(model)
+
+
+def _name_body(node: ir.Node) -> None:
+    """Name what a loop or a condition holds after it: `PATH/Loop/MatMul`."""
+    counts: Counter[str] = Counter()
+    for attribute in node.attributes.values():
+        if attribute.type != ir.AttributeType.GRAPH:
+            continue
+        for inner in attribute.as_graph():
+            stem = f"{node.name}/{inner.op_type}"
+            inner.name = f"{stem}_{counts[stem]}" if counts[stem] else stem
+            counts[stem] += 1
+            for index, output in enumerate(inner.outputs):
+                output.name = f"{inner.name}/output" + (f"_{index}" if index else "")
 
 
 def _spread(model: ir.Model) -> None:
