@@ -22,8 +22,8 @@ def convert(context: ConversionContext) -> None:
         live(context, x),
         int(weight.shape[0]),
         (int(weight.shape[2]), int(weight.shape[3])),
-        trt.Weights() if from_quantizer else weight.detach().cpu().numpy(),
-        trt.Weights() if bias is None else bias.detach().cpu().numpy(),
+        trt.Weights() if from_quantizer else weight.detach().cpu().contiguous().numpy(),
+        trt.Weights() if bias is None else bias.detach().cpu().contiguous().numpy(),
     )
     if from_quantizer:
         layer.set_input(1, getattr(weight, TRT_TENSOR))

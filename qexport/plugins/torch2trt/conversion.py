@@ -261,10 +261,15 @@ class Run:
             if known.depends(tensor):
                 origin = known.origin(tensor)
                 changed = " in place" if known.is_stale(tensor) else ""
+                remedy = f'Write one for "{origin.function}" and pass it in `extra`: {GUIDE}.'
+                if origin.function in self._chosen:
+                    remedy = (
+                        f"There is one, and the model calls a reference of its own (`from ... import`), which cannot "
+                        f"be hooked: let it call {origin.function} by that name."
+                    )
                 raise UnsupportedOperator(
                     f"no converter for {origin.function} in {where(origin.path)}, which computes{changed} what "
-                    f"{reader} takes: TensorRT would be given the example's numbers. Write one for "
-                    f'"{origin.function}" and pass it in `extra`: {GUIDE}.'
+                    f"{reader} takes: TensorRT would be given the example's numbers. {remedy}"
                 )
             if hasattr(tensor, TRT_TENSOR):  # a constant that an earlier conversion gave one
                 delattr(tensor, TRT_TENSOR)

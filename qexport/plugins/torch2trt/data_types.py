@@ -80,12 +80,15 @@ def operand(context: ConversionContext, value: Value, dtype: torch.dtype, dimens
     if not isinstance(value, torch.Tensor):
         array = torch.tensor(value, dtype=held_type(dtype)).reshape([1] * dimensions)
         return constant(context, array.numpy())
-    shape = [1] * (dimensions - value.dim()) + list(value.shape)
     if not hasattr(value, TRT_TENSOR):
-        return constant(context, value.detach().cpu().to(held_type(dtype)).reshape(shape).numpy())
-    return reshaped(context, cast(context, getattr(value, TRT_TENSOR), dtype), shape)
+        held = value.detach().cpu().to(held_type(dtype))
+        return constant(context, held.reshape([1] * (dimensions - held.dim()) + list(held.shape)).numpy())
+    tensor = cast(context, getattr(value, TRT_TENSOR), dtype)
+    # The shape it had before the call: a function in place may have changed the torch tensor's.
+    shape = tuple(tensor.shape)
+    return reshaped(context, tensor, (1,) * (dimensions - len(shape)) + shape)
 
 
 def live(context: ConversionContext, value: torch.Tensor) -> Any:
     """Return the TensorRT tensor of a tensor in the tensor's own type; a constant where it is one."""
-    return operand(context, value, value.dtype, value.dim())
+    return operand(context, value, value.dtype, 0)
