@@ -149,7 +149,7 @@ class Run:
             if self._hold_shapes is not None:
                 stack.enter_context(self._hold_shapes())
             stack.enter_context(OperatorWatch(self._provenance))
-            stack.enter_context(FunctionWatch(self._provenance))
+            stack.enter_context(FunctionWatch(self._provenance, self._chosen.keys()))
             result = module(*given)
         outputs = list(tensors_in(result))
         if len(outputs) != len(output_names):
@@ -261,15 +261,10 @@ class Run:
             if known.depends(tensor):
                 origin = known.origin(tensor)
                 changed = " in place" if known.is_stale(tensor) else ""
-                remedy = f'Write one for "{origin.function}" and pass it in `extra`: {GUIDE}.'
-                if origin.function in self._chosen:
-                    remedy = (
-                        f"There is one, and the model calls a reference of its own (`from ... import`), which cannot "
-                        f"be hooked: let it call {origin.function} by that name."
-                    )
                 raise UnsupportedOperator(
                     f"no converter for {origin.function} in {where(origin.path)}, which computes{changed} what "
-                    f"{reader} takes: TensorRT would be given the example's numbers. {remedy}"
+                    f"{reader} takes: TensorRT would be given the example's numbers. Write one for "
+                    f'"{origin.function}" and pass it in `extra`: {GUIDE}.'
                 )
             if hasattr(tensor, TRT_TENSOR):  # a constant that an earlier conversion gave one
                 delattr(tensor, TRT_TENSOR)
@@ -295,9 +290,8 @@ class Run:
             number = self._names[base] - 1
             layer.name = f"{base}_{number}" if number else base
             self.functions[layer.name] = function
-            if hasattr(
-                layer, "metadata"
-            ):  # TensorRT 8.6 on: says in the engine what a fused kernel is made of
+            # TensorRT 8.6 on: says in the engine what a fused kernel is made of.
+            if hasattr(layer, "metadata"):
                 layer.metadata = f"[{layer.name}]"
             for output in range(layer.num_outputs):
                 tensor = layer.get_output(output)

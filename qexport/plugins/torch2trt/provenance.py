@@ -8,7 +8,7 @@ converters are hooked to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qexport.errors import UnsupportedOperator
-from qexport.plugins.torch2trt.dotted import name_of
+from qexport.plugins.torch2trt.dotted import lookup, name_of
 from qexport.plugins.torch2trt.interface import TRT_TENSOR
 
 _STAMP = "_qexport_stamp"
@@ -187,11 +187,15 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Records the outermost torch function: the name under which a user knows an operator."""
+    """Records the outermost torch function: the name under which a user knows an operator.
 
-    def __init__(self, provenance: Provenance) -> None:
+    A hooked function that the model holds under a name of its own (`from torch import relu`) is called under
+    torch's, where the hook is.
+    """
+
+    def __init__(self, provenance: Provenance, hooked: Container[str]) -> None:
         super().__init__()
-        self._provenance = provenance
+        self._provenance, self._hooked = provenance, hooked
 
     def __torch_function__(
         self,
@@ -210,7 +214,7 @@ class FunctionWatch(TorchFunctionMode):
             provenance.refuse_number(name)
         provenance.function = name
         try:
-            result = func(*args, **named)
+            result = (lookup(name) if name in self._hooked else func)(*args, **named)
         finally:
             provenance.function = ""
         given = {id(tensor) for tensor in tensors_in((args, named))}

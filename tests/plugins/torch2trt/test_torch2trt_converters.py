@@ -14,15 +14,9 @@ from torch2trt_networks import assert_converts, convert_model
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from qexport.errors import UnsupportedOperator
-from qexport.plugins.torch2trt.dotted import lookup
 from qexport.runtimes.tensorrt_library import load_library
 
-Function = Callable[..., Any] | str
-"""A function, or the dotted name of one: a reference taken before torch2trt hooks the name escapes it."""
-
-
-def called(function: Function) -> Callable[..., Any]:
-    return function if callable(function) else lambda *given: lookup(function)(*given)
+Function = Callable[..., Any]
 
 
 ROUNDED = 1e-6
@@ -50,60 +44,61 @@ WEIGHT, BIAS = values(8, 4, 3, 3, seed=4) / 10, values(8, seed=5)
 
 ONE_LAYER: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     # arithmetic
-    "add": ("torch.add", (MATRIX, OTHER)),
-    "add a row": ("torch.add", (MATRIX, ROW)),
+    "add": (torch.add, (MATRIX, OTHER)),
+    "add a row": (torch.add, (MATRIX, ROW)),
     "add with alpha": (lambda x: torch.add(x, 3, alpha=2), (MATRIX,)),
     "add number first": (lambda x: 2 + x, (MATRIX,)),
-    "sub": ("operator.sub", (MATRIX, OTHER)),
+    "sub": (operator.sub, (MATRIX, OTHER)),
     "sub from number": (lambda x: 1 - x, (MATRIX,)),
-    "rsub": (lambda x, y: torch.rsub(x, y), (MATRIX, OTHER)),
-    "mul": ("operator.mul", (MATRIX, OTHER)),
-    "mul by flags": ("operator.mul", (MATRIX, FLAGS)),
-    "mul integers by flags": ("operator.mul", (whole(5, 6), FLAGS)),
-    "div": ("torch.div", (MATRIX, POSITIVE)),
+    "rsub": (torch.rsub, (MATRIX, OTHER)),
+    "mul": (operator.mul, (MATRIX, OTHER)),
+    "mul by flags": (operator.mul, (MATRIX, FLAGS)),
+    "mul integers by flags": (operator.mul, (whole(5, 6), FLAGS)),
+    "div": (torch.div, (MATRIX, POSITIVE)),
     "div of integers": (lambda x: x / 4, (whole(5, 6),)),
     "div number by": (lambda x: 2 / x, (POSITIVE,)),
     "div to floor": (lambda x: torch.div(x, 3, rounding_mode="floor"), (whole(5, 6),)),
     "div to zero": (lambda x: torch.div(x, 3, rounding_mode="trunc"), (whole(5, 6),)),
     "floor_divide": (lambda x: x // 3, (whole(5, 6),)),
     "pow": (lambda x: x**2, (MATRIX,)),
-    "maximum": ("torch.maximum", (MATRIX, OTHER)),
-    "minimum": ("torch.minimum", (MATRIX, OTHER)),
+    "maximum": (torch.maximum, (MATRIX, OTHER)),
+    "minimum": (torch.minimum, (MATRIX, OTHER)),
     "remainder": (lambda x: x % 7, (whole(5, 6),)),
     "remainder by negative": (lambda x: torch.remainder(x, -7), (whole(5, 6),)),
     "of a constant": (lambda x: x * torch.arange(6), (MATRIX,)),
     # comparison and logic
-    "eq": ("operator.eq", (whole(5, 6, below=2), whole(5, 6, below=2).flip(0))),
-    "ne": ("operator.ne", (MATRIX, 0 * OTHER)),
+    "eq": (operator.eq, (whole(5, 6, below=2), whole(5, 6, below=2).flip(0))),
+    "ne": (operator.ne, (MATRIX, 0 * OTHER)),
     "gt": (lambda x: x > 0.5, (MATRIX,)),
-    "ge": ("operator.ge", (MATRIX, torch.full((5, 6), float("nan")))),
+    "ge": (operator.ge, (MATRIX, torch.full((5, 6), float("nan")))),
     "ge number": (lambda x: x >= 0.0, (MATRIX,)),
-    "lt": ("operator.lt", (MATRIX, OTHER)),
+    "lt": (operator.lt, (MATRIX, OTHER)),
     "le": (lambda x: x <= 0, (MATRIX,)),
-    "eq of flags": ("operator.eq", (FLAGS, OTHER_FLAGS)),
-    "and": ("operator.and_", (FLAGS, OTHER_FLAGS)),
-    "or": ("torch.logical_or", (FLAGS, OTHER_FLAGS)),
-    "xor": ("torch.bitwise_xor", (FLAGS, OTHER_FLAGS)),
-    "not": ("operator.invert", (FLAGS,)),
-    "logical and of numbers": ("torch.logical_and", (MATRIX, OTHER)),
+    "eq of flags": (operator.eq, (FLAGS, OTHER_FLAGS)),
+    "and": (operator.and_, (FLAGS, OTHER_FLAGS)),
+    "or": (torch.logical_or, (FLAGS, OTHER_FLAGS)),
+    "xor": (torch.bitwise_xor, (FLAGS, OTHER_FLAGS)),
+    "not": (operator.invert, (FLAGS,)),
+    "logical and of numbers": (torch.logical_and, (MATRIX, OTHER)),
     # unary
     **{
-        name: (f"torch.{name}", (MATRIX,)) for name in ("exp", "abs", "neg", "floor", "ceil", "round", "sign")
+        name: (getattr(torch, name), (MATRIX,))
+        for name in ("exp", "abs", "neg", "floor", "ceil", "round", "sign")
     },
-    **{name: (f"torch.{name}", (POSITIVE,)) for name in ("log", "sqrt", "reciprocal")},
-    "sin": ("torch.sin", (MATRIX,)),
-    "cos": ("torch.cos", (MATRIX,)),
-    "erf": ("torch.erf", (MATRIX,)),
-    "minus": ("operator.neg", (MATRIX,)),
+    **{name: (getattr(torch, name), (POSITIVE,)) for name in ("log", "sqrt", "reciprocal")},
+    "sin": (torch.sin, (MATRIX,)),
+    "cos": (torch.cos, (MATRIX,)),
+    "erf": (torch.erf, (MATRIX,)),
+    "minus": (operator.neg, (MATRIX,)),
     # activations
-    "relu": ("torch.relu", (IMAGE,)),
-    "relu6": ("torch.nn.functional.relu6", (IMAGE,)),
-    "sigmoid": ("torch.sigmoid", (IMAGE,)),
-    "tanh": ("torch.tanh", (IMAGE,)),
+    "relu": (torch.relu, (IMAGE,)),
+    "relu6": (F.relu6, (IMAGE,)),
+    "sigmoid": (torch.sigmoid, (IMAGE,)),
+    "tanh": (torch.tanh, (IMAGE,)),
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), (IMAGE,)),
     "elu": (lambda x: F.elu(x, 0.7), (IMAGE,)),
     "hardtanh": (lambda x: F.hardtanh(x, -0.5, 2.0), (IMAGE,)),
-    "gelu": ("torch.nn.functional.gelu", (IMAGE,)),
+    "gelu": (F.gelu, (IMAGE,)),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), (IMAGE,)),
     "softmax": (lambda x: torch.softmax(x, -1), (MATRIX,)),
     # shapes
@@ -116,7 +111,7 @@ ONE_LAYER: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "permute": (lambda x: x.permute(0, 2, 3, 1), (IMAGE,)),
     "permute by list": (lambda x: torch.permute(x, [3, 0, 1, 2]), (IMAGE,)),
     "transpose": (lambda x: x.transpose(-1, 1), (IMAGE,)),
-    "t": ("torch.t", (MATRIX,)),
+    "t": (torch.t, (MATRIX,)),
     "expand": (lambda x: x.expand(5, 6), (ROW,)),
     "expand_as": (lambda x, y: x.expand_as(y), (ROW, MATRIX)),
     "cat": (lambda x, y: torch.cat([x, y, torch.ones(5, 1)], -1), (MATRIX, OTHER)),
@@ -136,12 +131,12 @@ ONE_LAYER: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "gather": (lambda x, i: x.gather(1, i), (MATRIX, whole(5, 2).remainder(6))),
     # reductions
     "sum": (lambda x: x.sum(1), (MATRIX,)),
-    "sum of flags": ("torch.sum", (FLAGS,)),
+    "sum of flags": (torch.sum, (FLAGS,)),
     "mean": (lambda x: x.mean((2, 3), keepdim=True), (IMAGE,)),
     "amax": (lambda x: x.amax(-1), (MATRIX,)),
     "amin": (lambda x: x.amin((0, 1)), (MATRIX,)),
     # choices
-    "where": ("torch.where", (FLAGS, MATRIX, OTHER)),
+    "where": (torch.where, (FLAGS, MATRIX, OTHER)),
     "where number": (lambda c, x: torch.where(c, x, -1.0), (FLAGS, MATRIX)),
     "where method": (lambda c, x: x.where(c, 0.0), (FLAGS, MATRIX)),
     "masked_fill": (lambda x, m: x.masked_fill(m, 2.0), (MATRIX, FLAGS)),
@@ -152,7 +147,7 @@ ONE_LAYER: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "clamp_min": (lambda x: x.clamp_min(0.5), (MATRIX,)),
     "clamp_max": (lambda x: torch.clamp_max(x, 0.5), (MATRIX,)),
     # copies and casts
-    "clone": ("torch.clone", (MATRIX,)),
+    "clone": (torch.clone, (MATRIX,)),
     "contiguous": (lambda x: x.t().contiguous(), (MATRIX,)),
     "to integers": (lambda x: x.to(torch.int64), (MATRIX,)),
     "to float": (lambda x: x.float(), (whole(5, 6),)),
@@ -196,13 +191,13 @@ SEVERAL: dict[str, tuple[Function, tuple[Tensor, ...], int]] = {
 @pytest.mark.parametrize("name", ONE_LAYER)
 def test_function_converted_computes_what_torch_does(name: str) -> None:
     function, inputs = ONE_LAYER[name]
-    assert_converts(called(function), *inputs, tolerance=4 * ROUNDED)
+    assert_converts(function, *inputs, tolerance=4 * ROUNDED)
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_function_of_several_results_converted_computes_what_torch_does(name: str) -> None:
     function, inputs, outputs = SEVERAL[name]
-    assert_converts(called(function), *inputs, outputs=outputs)
+    assert_converts(function, *inputs, outputs=outputs)
 
 
 SMOOTH = (
@@ -224,7 +219,7 @@ def test_interpolate_converted_computes_what_torch_does(how: dict[str, Any], siz
 
 IN_PLACE: dict[str, Function] = {
     "relu": lambda x: F.relu(x, inplace=True),
-    "relu_": "torch.relu_",
+    "relu_": torch.relu_,
     "relu6": lambda x: F.relu6(x, inplace=True),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
     "hardsigmoid": lambda x: F.hardsigmoid(x, inplace=True),
@@ -241,7 +236,7 @@ IN_PLACE: dict[str, Function] = {
     "mul_": lambda x: x.mul_(0.5),
     "div_": lambda x: x.div_(4),
     "exp_": lambda x: x.exp_(),
-    "neg_": "torch.neg_",
+    "neg_": torch.neg_,
     "pow_": lambda x: x.pow_(2),
     "masked_fill_": lambda x: x.masked_fill_(x > 1, 0.0),
     "unsqueeze_": lambda x: x.unsqueeze_(0),
@@ -254,7 +249,7 @@ IN_PLACE: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_function_converted_changes_the_tensor_itself(name: str) -> None:
-    change = called(IN_PLACE[name])
+    change = IN_PLACE[name]
 
     def model(x: Tensor) -> Tensor:
         y = x * 1.5
@@ -278,7 +273,7 @@ def test_constant_changed_in_place_by_the_input_keeps_its_former_values() -> Non
 @pytest.mark.parametrize("function", ["hardswish", "hardsigmoid", "silu"])
 def test_activation_of_two_layers_converted_computes_what_torch_does(function: str) -> None:
     x = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([-3.0, 3.0, 0.0])])
-    assert_converts(called(f"torch.nn.functional.{function}"), x, tolerance=ROUNDED)
+    assert_converts(getattr(F, function), x, tolerance=ROUNDED)
 
 
 def test_frozen_batch_norm_converted_is_one_layer() -> None:
@@ -310,7 +305,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "interpolate by area": (lambda x: F.interpolate(x, (6, 5), mode="area"), "mode 'area'"),
     "remainder of floats": (lambda x: x % 2, "remainder of floats"),
     "batch_norm in training": (lambda x: F.batch_norm(x, None, None, training=True), "training"),
-    "dropout in training": ("torch.nn.functional.dropout", "training"),
+    "dropout in training": (F.dropout, "training"),
     "mask": (lambda x: x[x > 0].sum(), "mask"),
     "two tensors": (lambda x: x[torch.tensor([0]), torch.tensor([1])], "several tensors"),
     "where alone": (lambda x: torch.where(x > 0)[0], "fixed shape"),
@@ -321,7 +316,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
 def test_call_that_tensorrt_cannot_express_raises_and_says_so(name: str) -> None:
     function, said = REFUSED[name]
     with pytest.raises(UnsupportedOperator, match=said):
-        convert_model(called(function), IMAGE)
+        convert_model(function, IMAGE)
 
 
 def test_topk_of_more_than_tensorrt_gives_raises_error() -> None:
@@ -338,7 +333,7 @@ def test_every_network_built_by_tensorrt_gives_an_engine() -> None:
             rest, results = list(inputs), []
             for function, own in every:
                 given, rest = rest[: len(own)], rest[len(own) :]
-                results.append(called(function)(*given))
+                results.append(function(*given))
             return results
 
     flat = [value for _, inputs in every for value in inputs]
