@@ -32,11 +32,13 @@ import numpy as np
 
 from qexport.artifact import MANIFEST, Artifact
 from qexport.dataset import load_dataset
+from qexport.devices import has_device, runner_for, why_untimed
 from qexport.encodings import Encodings, save_encodings
 from qexport.engines import load_engines
 from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
+from qexport.merging import merge
 from qexport.results import (
     AccuracyReport,
     DetectionsRecord,
@@ -67,6 +69,7 @@ __all__ = [
     "export",
     "exported_targets",
     "inspect",
+    "merge",
     "report",
     "report_experiments",
     "resume",
@@ -212,7 +215,7 @@ def compare(work: Work, target: str) -> ParityReport:
         samples = work.subject.parity_samples()
         with (
             work.progress(f"compare {target}", len(samples)) as step,
-            _runner(target)(folder, threads=_threads()) as runner,
+            runner_for(target)(folder, threads=_threads()) as runner,
         ):
             parity = measure(
                 work.quantized,
@@ -228,7 +231,7 @@ def compare(work: Work, target: str) -> ParityReport:
 
     inputs = {
         "artifact": artifact.sha256,
-        "runner": _runner(target).rung,
+        "runner": runner_for(target).rung,
         "images": evaluation.sha256,
         "options": [settings.parity_images, settings.tolerance_steps, settings.max_unmatched, settings.seed],
     }
@@ -250,8 +253,8 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     }
     for target in targets:
         artifact, place = work.artifact(target)
-        run = partial(detect.artifact, _runner(target), place, _threads())
-        found[target] = _detect(work, target, [artifact.sha256, _runner(target).rung], run)
+        run = partial(detect.artifact, runner_for(target), place, _threads())
+        found[target] = _detect(work, target, [artifact.sha256, runner_for(target).rung], run)
 
     def write() -> None:
         write_json(folder.file("detections.json"), DetectionsRecord(subjects=found))
@@ -311,7 +314,7 @@ def bench(
 
     find_target(target).require("measure")
     if not has_device(target):
-        raise TargetUnavailable(_no_device(target, work.path))
+        raise TargetUnavailable(why_untimed(target, work.path))
     artifact, folder = work.artifact(target)
     detector = inspect(work)
 
@@ -321,7 +324,7 @@ def bench(
             memory = _peak_memory(folder, step)
             profile = measure_latency(
                 artifact=folder,
-                runner=_runner(target),
+                runner=runner_for(target),
                 detector=work.subject.loaded,
                 frame=np.ascontiguousarray(frame),
                 layers=detector.layers,
@@ -377,21 +380,8 @@ def run_all(
         if has_device(target):
             gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
         else:
-            untimed.append(_no_device(target, work.path))
+            untimed.append(why_untimed(target, work.path))
     return Outcome(tuple(gates), report(work.path), tuple(untimed))
-
-
-def has_device(target: str) -> bool:
-    """Say whether the target's own runtime can run here; where not, its network is evaluated, never timed."""
-    runtime = importlib.import_module(f"qexport.runtimes.{find_target(target).runtime}")
-    return bool(runtime.has_device())
-
-
-def _no_device(target: str, run: Path) -> str:
-    return (
-        f"{target}: no NVIDIA GPU here, so latency was not measured. Measure {run / target} on the device "
-        f"(deploy/jetson/measure.sh), then here: qexport report {run} --merge FILE..."
-    )
 
 
 def _size_bytes(artifact: Artifact, folder: Path, role: str) -> int:
@@ -409,12 +399,6 @@ def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...
         memory.append(MemoryUse(subject=subject, peak_bytes=peak_memory(command)))
         step()
     return tuple(memory)
-
-
-def _runner(target: str) -> Any:
-    """Return what runs a target here: its runtime, or the evaluation of its network where no device is."""
-    where = "runtimes" if has_device(target) else "emulation"
-    return importlib.import_module(f"qexport.{where}.{find_target(target).runtime}").RUNNER
 
 
 def _threads() -> int:

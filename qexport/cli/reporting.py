@@ -22,16 +22,32 @@ def report(
             help="Where the table of several runs goes. Default: the current folder.",
         ),
     ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            "--merge",
+            metavar="FILE...",
+            show_default=False,
+            help="Files of one measurement that a board made, all that follow: what deploy/jetson/measure.sh wrote.",
+        ),
+    ] = None,
 ) -> None:
     """Write the report of a run from what has been measured; of several runs, one table of them all.
 
     A stage that has not run is named in the report, with its command. Nothing is measured here.
 
+    What was measured on a board is merged: its latency stands in the report beside the parity verdict, marked as
+    the device's, under the same module paths. Files of another engine are refused.
+
       qexport report runs/mine
+      qexport report runs/mine --merge results/times.json results/profile.json results/layers.json results/board.json
       qexport report runs/min-max runs/mse --out runs/compared
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
+    if merge is not None:
+        screen.show(f"merged: {pipeline.merge(run[0], [merge, *run[1:]])}")
+        run = run[:1]
     if len(run) == 1:
         if out is not None:
             raise QexportError("--out is for several runs; the report of one lies in its folder.")

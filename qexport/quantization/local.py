@@ -56,21 +56,24 @@ class LocalReference:
         if node.op == "get_attr":
             return constant_of(self._graph, node)
         if is_dequantize(node):
-            source = node.args[0]
-            assert isinstance(source, Node)
-            if is_quantize(source) and source.args[0] in self._key_of:
-                key = self._key_of[source.args[0]]
-                if key in self._unquantized:
-                    values[node] = self._value(argument_node(source), values, codes, frame)
-                    return values[node]
-                stored = codes[key]
-                values[node] = node.target(stored, *node.args[1:])  # type: ignore[operator]
-                return values[node]
-            return self._constant(node)
+            values[node] = self._dequantized(node, values, codes, frame)
+            return values[node]
         arguments = map_arg(node.args, lambda arg: self._value(arg, values, codes, frame))
         keywords = map_arg(node.kwargs, lambda arg: self._value(arg, values, codes, frame))
         values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
         return values[node]
+
+    def _dequantized(
+        self, node: Node, values: dict[Node, Any], codes: Mapping[str, Tensor], frame: Tensor
+    ) -> Any:
+        """Return the real values of the integers that the runtime had, or of a weight."""
+        source = argument_node(node)
+        if not (is_quantize(source) and source.args[0] in self._key_of):
+            return self._constant(node)
+        key = self._key_of[source.args[0]]
+        if key in self._unquantized:
+            return self._value(argument_node(source), values, codes, frame)
+        return node.target(codes[key], *node.args[1:])  # type: ignore[operator]
 
     def _constant(self, node: Node) -> Tensor:
         """Return a dequantized weight, computed once."""

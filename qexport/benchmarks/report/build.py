@@ -11,6 +11,7 @@ from qexport.benchmarks.report.document import (
     TargetDocument,
     TargetTimings,
     TimingsDocument,
+    Verdict,
     report_schema,
     summarise_artifact,
     summarise_encodings,
@@ -18,6 +19,7 @@ from qexport.benchmarks.report.document import (
 from qexport.benchmarks.report.render import render
 from qexport.benchmarks.report.stages import RunResults, TargetResults, read_run
 from qexport.files import write_bytes, write_json
+from qexport.results import LatencyProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def timings_document(run: RunResults) -> TimingsDocument:
                 parity=verdict.parity_verdict(one.parity),
                 latency=one.latency,
                 memory=one.memory,
+                measurements=one.measurements,
                 engines=one.engines,
             )
             for one in run.targets
@@ -124,7 +127,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
 
 
 def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path | None) -> dict[str, object]:
-    name, parity, latency = f"t{number}", one.parity, one.latency
+    name, parity = f"t{number}", one.parity
     beside = verdict.parity_verdict(parity)
     differences = pictures.largest_differences(run.detections, one.target) if run.detections else ()
     return {
@@ -135,13 +138,20 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "worst": tables.worst_layer(parity) if parity else None,
         "statuses": tables.status_counts(parity) if parity else {},
         "sqnr_plot": plots.sqnr_by_depth(parity, f"{name}-sqnr") if parity else "",
-        "sums": csvs.latency_sums(latency) if latency else {},
-        "reconciliation": tables.reconcile(latency) if latency else None,
-        "latency_plot": plots.latency_by_layer(latency, f"{name}-latency", f"parity {beside.state}")
-        if latency
-        else "",
-        "speedup": {name: tables.speedup(latency, name) for name in tables.BASELINES} if latency else {},
+        "latencies": [
+            _latency(profile, f"{name}-latency-{place}", beside) for place, profile in enumerate(one.profiles)
+        ],
         "floats": tables.float_decisions(run.encodings, one.artifact),
         "artifact_sha256": one.artifact.sha256 if one.artifact else None,
         "pictures": [(one, pictures.embed(dataset_root, one.image)) for one in differences],
+    }
+
+
+def _latency(profile: LatencyProfile, name: str, beside: Verdict) -> dict[str, object]:
+    return {
+        "profile": profile,
+        "sums": csvs.latency_sums(profile),
+        "reconciliation": tables.reconcile(profile),
+        "plot": plots.latency_by_layer(profile, name, f"parity {beside.state}"),
+        "speedup": {name: tables.speedup(profile, name) for name in tables.BASELINES},
     }

@@ -45,6 +45,8 @@ LATENCY_COLUMNS = (
     "eager_ms",
     "fp32_ms",
     "reduction_percent",
+    "measured_on",
+    "machine",
 )
 KIND_COLUMNS = (
     "target",
@@ -59,6 +61,8 @@ KIND_COLUMNS = (
     "fp32_ms",
     "fp32_paths",
     "reduction_percent",
+    "measured_on",
+    "machine",
 )
 ACCURACY_COLUMNS = (
     "subject",
@@ -131,7 +135,7 @@ def _layer_rows(run: RunResults) -> Iterable[Sequence[Cell]]:
 def _latency_rows(run: RunResults) -> Iterable[Sequence[Cell]]:
     for target in run.targets:
         verdict = parity_verdict(target.parity).text
-        for layer in target.latency.layers if target.latency else ():
+        for profile, layer in ((one, layer) for one in target.profiles for layer in one.layers):
             yield (
                 target.target,
                 verdict,
@@ -144,16 +148,16 @@ def _latency_rows(run: RunResults) -> Iterable[Sequence[Cell]]:
                 layer.eager_ms,
                 layer.fp32_ms,
                 layer.reduction_percent,
+                profile.machine.measured_on,
+                profile.machine.processor,
             )
 
 
 def _kind_rows(run: RunResults) -> Iterable[Sequence[Cell]]:
     for target in run.targets:
-        if target.latency is None:
-            continue
         verdict = parity_verdict(target.parity).text
-        for by, rows in latency_sums(target.latency).items():
-            for row in rows:
+        for profile in target.profiles:
+            for by, row in ((by, row) for by, rows in latency_sums(profile).items() for row in rows):
                 yield (
                     target.target,
                     verdict,
@@ -167,6 +171,8 @@ def _kind_rows(run: RunResults) -> Iterable[Sequence[Cell]]:
                     row.fp32_ms,
                     row.fp32_paths,
                     row.reduction_percent,
+                    profile.machine.measured_on,
+                    profile.machine.processor,
                 )
 
 

@@ -115,6 +115,8 @@ class TargetTimings(_Part, frozen=True):
     parity: Verdict
     latency: LatencyProfile | None
     memory: tuple[MemoryUse, ...] | None
+    measurements: tuple[LatencyProfile, ...] = ()
+    """Brought back from boards."""
     engines: tuple[Engine, ...] = ()
     """Built from the artifact, each bound to one machine."""
 

@@ -54,6 +54,9 @@ LATENCY = Stage("latency", "latency.json", LatencyProfile, "bench")
 COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
+MEASUREMENTS = "measurements"
+"""Folder of a target's artifact with what boards measured of it."""
+
 _TARGET_FILES = frozenset(stage.file for stage in (EXPORT, PARITY, LATENCY, COMPLEXITY, MEMORY))
 
 
@@ -68,6 +71,13 @@ class TargetResults:
     complexity: Complexity | None
     memory: tuple[MemoryUse, ...] | None
     engines: tuple[Engine, ...] = ()
+    measurements: tuple[LatencyProfile, ...] = ()
+    """Brought back from boards, in the order of their names."""
+
+    @property
+    def profiles(self) -> tuple[LatencyProfile, ...]:
+        """Every latency: that of this machine first, then those of the boards."""
+        return (*((self.latency,) if self.latency else ()), *self.measurements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +185,10 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
         reader.miss(PARITY, target, "was measured on another artifact")
         parity = None
     needs_device = parity is not None and parity.rung != "run"
-    latency = reader.optional(LATENCY, target, needs_device=needs_device)
+    measurements = _read_measurements(reader, target, artifact)
+    latency = None
+    if not (needs_device and measurements):
+        latency = reader.optional(LATENCY, target, needs_device=needs_device)
     if latency is not None and not _is_of(artifact, latency.artifact_sha256):
         reader.miss(LATENCY, target, "was measured on another artifact")
         latency = None
@@ -187,7 +200,20 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
         complexity=reader.optional(COMPLEXITY, target),
         memory=None if needs_device else reader.optional(MEMORY, target),
         engines=load_engines(reader.run / target).engines,
+        measurements=measurements,
     )
+
+
+def _read_measurements(reader: _Reader, target: str, artifact: Artifact | None) -> tuple[LatencyProfile, ...]:
+    found = []
+    for path in sorted((reader.run / target / MEASUREMENTS).glob("*.json")):
+        profile = read_json(path, LatencyProfile, RunFolderError)
+        if _is_of(artifact, profile.artifact_sha256):
+            found.append(profile)
+        else:
+            where = f"on {profile.machine.processor}, of another artifact"
+            reader.miss(LATENCY, target, f"was measured {where} ({path.name})", needs_device=True)
+    return tuple(found)
 
 
 def _is_of(artifact: Artifact | None, sha256: str) -> bool:

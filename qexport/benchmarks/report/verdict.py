@@ -35,8 +35,8 @@ def gate_lines(run: RunResults) -> tuple[GateLine, ...]:
     if run.accuracy is not None:
         lines += [GateLine("accuracy", "", gate) for gate in run.accuracy.gates]
     for target in run.targets:
-        if target.latency is not None:
-            lines += [GateLine("latency", target.target, gate) for gate in target.latency.gates]
+        for profile in target.profiles:
+            lines += [GateLine("latency", target.target, gate) for gate in profile.gates]
     return tuple(lines)
 
 
