@@ -25,7 +25,7 @@ from qexport.benchmarks.machine import describe_machine
 from qexport.errors import QexportError
 from qexport.layers import Layer
 from qexport.results import Gate, LatencyProfile, LatencyStats
-from qexport.runtimes.runner import ProfiledRun, ProfilingRunner
+from qexport.runtimes.runner import ProfiledRun, ProfilingRunner, SharedKernel
 
 if TYPE_CHECKING:
     from qexport.detectors.load import LoadedDetector
@@ -86,7 +86,7 @@ def measure_latency(
         times = interleave(contenders, warmup=warmup, runs=runs, settle_s=settle_s, on_run=on_run)
         profile = profile_artifact(int8, own_frame, layers, warmup=warmup, runs=runs)
         _report(on_run, runs)
-        baselines = _Baselines(list(profile.paths), warmup, runs, on_run)
+        baselines = _Baselines(list(profile.paths), layers, warmup, runs, on_run)
         fp32_ms = baselines.runtime(fp32, own_frame) if fp32 is not None else None
         eager_ms = baselines.eager(detector, own_frame) if detector is not None else None
     whole = {name: summarise(values) for name, values in times.items()}
@@ -181,7 +181,7 @@ def profile_artifact(
 ) -> ArtifactProfile:
     """Profile an artifact on one frame and sum its kernels by module path."""
     profiled = runner.profile(runner.input_of(frame), warmup=warmup, runs=runs)
-    costs = sum_by_path(profiled, _owners(runner, profiled, None))
+    costs = sum_by_path(profiled, _owners(runner, profiled, None), layers)
     between_ms = runner.between_kernels_ms()
     return ArtifactProfile(
         paths={path: costs[path] for path in sorted(costs, key=order_of(list(costs), layers))},
@@ -255,6 +255,7 @@ class _Baselines:
     """Profiles what the artifact is set beside, by the artifact's paths."""
 
     paths: Sequence[str]
+    layers: Sequence[Layer]
     warmup: int
     runs: int
     on_run: Callable[[], None]
@@ -262,7 +263,7 @@ class _Baselines:
     def runtime(self, runner: ProfilingRunner, frame: NDArray[np.uint8]) -> dict[str, float]:
         """Return the median ms of each path in the same runtime."""
         profiled = runner.profile(runner.input_of(frame), warmup=self.warmup, runs=self.runs)
-        costs = sum_by_path(profiled, _owners(runner, profiled, self.paths))
+        costs = sum_by_path(profiled, _owners(runner, profiled, self.paths), self.layers)
         _report(self.on_run, self.runs)
         return {path: cost.median_ms for path, cost in costs.items()}
 
@@ -283,8 +284,8 @@ def _report(on_run: Callable[[], None], runs: int) -> None:
 
 def _owners(
     runner: ProfilingRunner, profiled: Sequence[ProfiledRun], rows: Sequence[str] | None
-) -> dict[str, str]:
-    """Return the module path of every kernel that ran."""
+) -> Mapping[str, str | SharedKernel]:
+    """Return the module path, or the several, of every kernel that ran."""
     owners = runner.kernel_owners(rows)
     missing = sorted({kernel.name for run in profiled for kernel in run.kernels} - owners.keys())
     if missing:

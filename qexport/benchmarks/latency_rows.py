@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from qexport.layers import STAGES, Kind, Layer, Stage, stage_of
 from qexport.results import LayerLatency
-from qexport.runtimes.runner import ProfiledRun
+from qexport.runtimes.runner import ProfiledRun, SharedKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +20,61 @@ class PathCost:
     """Median over the runs of the sum of its kernels."""
     kernels: Mapping[str, float]
     """By kernel type, the mean over the runs of the time of all its kernels of this type, ms."""
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By kernel type, the paths that have a part of the time of these kernels too."""
 
 
-def sum_by_path(profiled: Sequence[ProfiledRun], owners: Mapping[str, str]) -> dict[str, PathCost]:
-    """Sum kernels by module path.
+def sum_by_path(
+    profiled: Sequence[ProfiledRun],
+    owners: Mapping[str, str | SharedKernel],
+    layers: Sequence[Layer] = (),
+) -> dict[str, PathCost]:
+    """Sum kernels by module path; what several paths share is divided among them, so that the sums stay the same.
 
     Args:
         profiled: runs with every kernel timed.
-        owners: module path of every kernel, by its name.
+        owners: module path, or the several, of every kernel, by its name.
+        layers: the static detector's, for multiply-accumulates.
     """
+    macs: defaultdict[str, int] = defaultdict(int)
+    for layer in layers:
+        macs[layer.path] += layer.macs
+    shares = {name: shares_of(owner, macs) for name, owner in owners.items()}
     by_run: list[dict[str, float]] = []
     types: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    others: defaultdict[str, defaultdict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for run in profiled:
         own: defaultdict[str, float] = defaultdict(float)
         for kernel in run.kernels:
-            path = owners[kernel.name]
-            own[path] += kernel.duration_ms
-            types[path][kernel.kernel] += kernel.duration_ms / len(profiled)
+            timed = [path for path, share in shares[kernel.name].items() if share]
+            for path, share in shares[kernel.name].items():
+                own[path] += share * kernel.duration_ms
+                types[path][kernel.kernel] += share * kernel.duration_ms / len(profiled)
+                others[path][kernel.kernel].update(dict.fromkeys(other for other in timed if other != path))
         by_run.append(own)
     return {
-        path: PathCost(median(own.get(path, 0.0) for own in by_run), dict(kernels))
+        path: PathCost(
+            median(own.get(path, 0.0) for own in by_run),
+            dict(kernels),
+            {kernel: tuple(paths) for kernel, paths in others[path].items() if paths},
+        )
         for path, kernels in types.items()
     }
+
+
+def shares_of(owner: str | SharedKernel, macs: Mapping[str, int]) -> dict[str, float]:
+    """Return the share of a kernel's time that each of its paths has; they add up to 1.
+
+    Args:
+        owner: a path, or the several.
+        macs: multiply-accumulates by path.
+    """
+    if isinstance(owner, str):
+        return {owner: 1.0}
+    # A module that the detector does not list is weighed as the lightest, not as nothing.
+    weights = {path: max(1, macs.get(path, 0)) if owner.by_macs else 1 for path in owner.paths}
+    total = sum(weights.values())
+    return {path: weight / total for path, weight in weights.items()} | dict.fromkeys(owner.fused, 0.0)
 
 
 def build_rows(
@@ -77,7 +110,7 @@ def build_rows(
                 path=path,
                 stage=stage,
                 kind=kind_of_path(path, stage, cost.kernels, layers, kind_of),
-                kernels=tuple(sorted(cost.kernels)),
+                kernels=tuple(_kernel_text(kernel, cost) for kernel in sorted(cost.kernels)),
                 artifact_ms=cost.median_ms,
                 eager_ms=eager_ms,
                 fp32_ms=fp32.get(path),
@@ -85,6 +118,15 @@ def build_rows(
             )
         )
     return tuple(rows)
+
+
+def _kernel_text(kernel: str, cost: PathCost) -> str:
+    """Return a kernel type, with who shares the time of its kernels."""
+    others = cost.others.get(kernel, ())
+    if not others:
+        return kernel
+    who = others[0] + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+    return f"{kernel} (shared with {who})" if cost.kernels[kernel] else f"{kernel} (fused into {who})"
 
 
 def kind_of_path(

@@ -20,12 +20,10 @@ import numpy as np
 
 from qexport.layers import Kind
 from qexport.runtimes.onnx_session import make_session
+from qexport.runtimes.runner import NOWHERE
 
 if TYPE_CHECKING:
     import onnx
-
-NOWHERE = "detector"
-"""Path of a kernel that no module can be found for."""
 
 _CHAIN, _CHAIN_RUNS = 200, 40
 

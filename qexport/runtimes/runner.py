@@ -22,6 +22,9 @@ from qexport.runtimes.preprocess import normalised_image
 OUTPUTS = ("boxes", "scores", "labels", "count")
 """Names of every artifact's outputs."""
 
+NOWHERE = "detector"
+"""Path of a kernel that no module can be found for."""
+
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
@@ -32,6 +35,18 @@ class KernelTime:
     kernel: str
     """Its type, `QLinearConv`."""
     duration_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class SharedKernel:
+    """To which modules a kernel belongs that computes for several."""
+
+    paths: tuple[str, ...]
+    """Those that divide its time among them."""
+    by_macs: bool = False
+    """They divide it by their multiply-accumulates, else equally."""
+    fused: tuple[str, ...] = ()
+    """Those whose work is fused into it, and that have no time of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +73,7 @@ class Runner(ABC):
     def __init__(self, artifact: Path, *, role: str = "int8", threads: int = 1) -> None:
         self.artifact: Artifact
         self.artifact, self.folder = load_artifact(artifact)
+        self.role = role
         self.path = self.folder / self.artifact.file(role).name
         self.threads = threads
 
@@ -122,8 +138,8 @@ class ProfilingRunner(Runner):
         """Run with every kernel timed."""
 
     @abstractmethod
-    def kernel_owners(self, rows: Collection[str] | None = None) -> dict[str, str]:
-        """Return the module path of every kernel that the runtime runs, by the kernel's name.
+    def kernel_owners(self, rows: Collection[str] | None = None) -> Mapping[str, str | SharedKernel]:
+        """Return the module path, or the several, of every kernel that the runtime runs, by the kernel's name.
 
         Args:
             rows: for a baseline: the artifact's paths. What the artifact has fused away goes to the path that
