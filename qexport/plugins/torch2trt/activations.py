@@ -41,6 +41,11 @@ def _relu6(context: ConversionContext, kind: str) -> None:
     _activate(context, kind, alpha=0.0, beta=6.0)
 
 
+def _softplus(context: ConversionContext, kind: str) -> None:
+    beta = float(argument(context, 1, "beta", 1.0))
+    _activate(context, kind, alpha=1 / beta, beta=beta)
+
+
 def _gelu(context: ConversionContext, kind: str) -> None:
     trt = load_library().trt
     approximate = argument(context, 1, "approximate", "none")
@@ -58,6 +63,7 @@ CONVERTERS: Mapping[str, Convert] = {
     **bind(_leaky_relu, "LEAKY_RELU", *forms("leaky_relu")),
     **bind(_elu, "ELU", *forms("elu")),
     **bind(_hardtanh, "CLIP", *forms("hardtanh")),
+    **bind(_softplus, "SOFTPLUS", *forms("softplus")),
     **bind(_gelu, "GELU_ERF", *forms("gelu")),
 }
 """By dotted name of the torch function."""

@@ -24,7 +24,7 @@ from qexport.plugins.torch2trt.dotted import exists, owner_of
 from qexport.plugins.torch2trt.interface import TRT_TENSOR, constant
 from qexport.plugins.torch2trt.provenance import FunctionWatch, OperatorWatch, Provenance, tensors_in, where
 from qexport.plugins.torch2trt.registration import Convert, Family, Operator
-from qexport.plugins.torch2trt.registry import CONVERT_CONSTANTS, converters
+from qexport.plugins.torch2trt.registry import CONVERT_CONSTANTS, NOT_TO_BE_TRUSTED, converters
 from qexport.runtimes.tensorrt_library import load_library, network_flags
 
 GUIDE = "docs/plugins.md shows how to add a converter"
@@ -92,6 +92,8 @@ def convert(
         for entry in torch2trt.CONVERTERS.values()
         if entry["is_real"] and exists(f"{entry['module_name']}.{entry['qual_name']}")
     }
+    for name in NOT_TO_BE_TRUSTED:
+        theirs.pop(name, None)
     run = Run(
         context,
         network,
@@ -233,6 +235,7 @@ class Run:
         context.method_str = name
         try:
             converter(context)
+            _check_results(context.method_return)
         except UnsupportedOperator as error:
             raise UnsupportedOperator(f"{name} in {where(place)}: {error}") from error
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -308,6 +311,24 @@ class _Bare:
     method_args: Sequence[Any] = ()
     method_kwargs: dict[str, Any] = field(default_factory=dict)
     method_return: Any = None
+
+
+def _check_results(result: object) -> None:
+    """Hold the shapes and types of a converter's TensorRT tensors against torch's.
+
+    Raises:
+        UnsupportedOperator: the converter made something else.
+    """
+    for tensor in tensors_in(result):
+        if not hasattr(tensor, TRT_TENSOR):
+            continue
+        made = getattr(tensor, TRT_TENSOR)
+        found, expected = (tuple(made.shape), made.dtype), (tuple(tensor.shape), tensorrt_type(tensor.dtype))
+        if found != expected:
+            raise UnsupportedOperator(
+                f"its converter made a tensor of shape {found[0]} and type {found[1]}, torch one of shape "
+                f"{expected[0]} and type {expected[1]}."
+            )
 
 
 def _in_place(attribute: str) -> bool:

@@ -6,6 +6,8 @@ import importlib
 import inspect
 from typing import Any
 
+from torch.nn import functional
+
 _TENSOR = ("TensorBase", "_TensorBase", "Tensor")
 
 
@@ -59,6 +61,8 @@ def name_of(function: Any) -> str:
     if inspect.isgetsetdescriptor(holder):  # a property, `x.T`
         return f"torch.Tensor.{holder.__name__}"
     qualified = str(getattr(function, "__qualname__", "") or getattr(function, "__name__", "") or function)
+    if "<locals>" in qualified:  # F.max_pool2d is made by another function
+        qualified = next((name for name, value in vars(functional).items() if value is function), qualified)
     owner, _, short = qualified.rpartition(".")
     if owner in _TENSOR:
         return f"torch.Tensor.{short}"

@@ -21,6 +21,7 @@ from qexport.plugins.torch2trt import (
     index_select,
     interpolate,
     linear,
+    matmul,
     max_pool2d,
     nms,
     normalised_image,
@@ -47,6 +48,7 @@ OPERATORS: tuple[Operator, ...] = (
     hardswish,
     interpolate,
     linear,
+    matmul,
     max_pool2d,
     nms,
     normalised_image,
@@ -55,7 +57,6 @@ OPERATORS: tuple[Operator, ...] = (
     reshape,
     roi_align,
     silu,
-    softmax,
     topk,
 )
 """Files about one operator: `FUNCTIONS` and `convert`."""
@@ -73,6 +74,7 @@ FAMILIES: tuple[Family, ...] = (
     permute,
     reduce,
     slicing,
+    softmax,
     unary,
     where,
 )
@@ -80,6 +82,17 @@ FAMILIES: tuple[Family, ...] = (
 
 CONVERT_CONSTANTS = frozenset(fake_quantize.CONVERTERS)
 """Functions that are layers even where no argument depends on an input; all others are computed beforehand."""
+
+
+NOT_TO_BE_TRUSTED = (
+    # Wrong without a word: over an axis of its own choice, and with another beta than 1.
+    *("torch.nn.functional.log_softmax", "torch.nn.functional.softplus"),
+    # One window for all, which fits where the output divides the input.
+    *(f"torch.nn.functional.adaptive_{kind}_pool{rank}d" for kind in ("avg", "max") for rank in (1, 3)),
+    # As many outputs as inputs.
+    *(f"torch.nn.functional.conv_transpose{rank}d" for rank in (1, 2, 3)),
+)
+"""Converters of torch2trt that are not used, even where there is none of ours."""
 
 
 def converters(extra: tuple[Operator | Family, ...] = ()) -> dict[str, Convert]:

@@ -100,6 +100,13 @@ ONE_LAYER: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "hardtanh": (lambda x: F.hardtanh(x, -0.5, 2.0), (IMAGE,)),
     "gelu": (F.gelu, (IMAGE,)),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), (IMAGE,)),
+    "softplus": (F.softplus, (MATRIX,)),
+    "softplus steep": (lambda x: F.softplus(x, 2.5), (MATRIX,)),
+    "log_softmax": (lambda x: F.log_softmax(x, 0), (MATRIX,)),
+    "matmul": (lambda x: x @ ROW[:, None], (MATRIX,)),
+    "matmul of two": (torch.matmul, (MATRIX, OTHER.t())),
+    "bmm": (lambda x: torch.bmm(x, x.transpose(1, 2)), (values(2, 3, 4),)),
+    "matmul broadcast": (lambda x: x @ MATRIX.t(), (values(2, 3, 6),)),
     "softmax": (lambda x: torch.softmax(x, -1), (MATRIX,)),
     # shapes
     "reshape": (lambda x: x.reshape(3, -1), (MATRIX,)),
