@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from contextlib import ExitStack
@@ -13,15 +12,13 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
-from tensorrt_runner_model import CODES, CONV, FILE_NAME, HEIGHT, POOL, RELU, WIDTH, make_artifact
+from tensorrt_runner_model import CODES, FILE_NAME, HEIGHT, WIDTH, make_artifact
 
 from qexport.artifact import Artifact
-from qexport.benchmarks.latency_rows import shares_of, sum_by_path
 from qexport.engines import FOLDER, add_engine, find_engine, load_engines
 from qexport.errors import ArtifactError, DatasetError, TargetUnavailable
 from qexport.runtimes import tensorrt
 from qexport.runtimes.cuda_memory import Cuda
-from qexport.runtimes.runner import NOWHERE, KernelTime, SharedKernel
 from qexport.runtimes.tensorrt import TensorrtRunner, build_probe, has_device, mark_outputs
 from qexport.runtimes.tensorrt_builder import BuiltEngine, EngineBuilder, build_from_onnx, identity_here
 from qexport.runtimes.tensorrt_engine import (
@@ -33,13 +30,9 @@ from qexport.runtimes.tensorrt_engine import (
     interface_of,
     is_out_of_memory,
     memory_needed,
-    without_control_characters,
 )
 from qexport.runtimes.tensorrt_execution import attach, check_input
-from qexport.runtimes.tensorrt_layers import EngineLayer, parse_inspector
 from qexport.runtimes.tensorrt_library import TensorrtLibrary, installed_flavour, load_library
-from qexport.runtimes.tensorrt_owners import owner_of, owners_of_layers
-from qexport.runtimes.tensorrt_profile import profiled_run
 from qexport.target_options import BuildOptions
 
 pytestmark = pytest.mark.skipif(
@@ -51,11 +44,6 @@ without_gpu = pytest.mark.skipif(
 
 FLOAT, HALF = np.dtype(np.float32), np.dtype(np.float16)
 FRAME = Port("frame", (HEIGHT, WIDTH, 3), np.dtype(np.uint8), True)
-FC6, CLS, BOX = (
-    "roi_heads.box_head.fc6",
-    "roi_heads.box_predictor.cls_score",
-    "roi_heads.box_predictor.bbox_pred",
-)
 
 
 @pytest.fixture(scope="module")
@@ -344,119 +332,3 @@ def test_probe_of_a_file_of_another_road_says_what_is_needed(library: TensorrtLi
         ArtifactError, match=r"detector\.int8\.network: .*an \.onnx file.*export the target `tensorrt`"
     ):
         build_probe(library, Path("detector.int8.network"), [CODES], cache=None)
-
-
-# Layers to modules
-
-
-def _layer(name: str, kernel: str, *nodes: str) -> EngineLayer:
-    return EngineLayer(name, kernel, ("Int8",), ("Int8",), nodes)
-
-
-@pytest.mark.parametrize(
-    ("layer", "expected"),
-    [
-        # The layer before it only lends its scale.
-        (_layer("a", "correlation", f"{CONV}/Conv", "backbone.body.layer1.0/DequantizeLinear_1"), CONV),
-        (_layer("b", "CaskConvolution", f"{CONV}@2/Conv", f"{CONV}@2/QuantizeLinear"), CONV),
-        (
-            _layer("c", "CaskConvolution", f"{CONV}/Conv", f"{RELU}/Relu", "backbone.body.layer1.0/Add"),
-            SharedKernel((CONV,), by_macs=True, fused=(RELU, "backbone.body.layer1.0")),
-        ),
-        (_layer("d", "gemm", f"{BOX}/Gemm", f"{CLS}/Gemm"), SharedKernel((BOX, CLS), by_macs=True)),
-        (
-            _layer("e", "kgen", f"{CONV}/Conv", f"{CONV}/QuantizeLinear", f"{RELU}/Relu"),
-            SharedKernel((CONV, RELU)),
-        ),
-        (_layer("f", "Reformat", f"{CONV}/QuantizeLinear"), CONV),
-        (_layer("g", "memset"), NOWHERE),
-        (_layer("h", "greater", "val_853/loop/Greater_9"), NOWHERE),
-        # `ConvertSomething` is no convolution.
-        (
-            _layer("i", "correlation", f"{CONV}/Conv", f"{RELU}/ConvertLike"),
-            SharedKernel((CONV,), by_macs=True, fused=(RELU,)),
-        ),
-    ],
-    ids=lambda value: value.name if isinstance(value, EngineLayer) else "",
-)
-def test_owner_of_a_layer_is_who_computes_in_it(layer: EngineLayer, expected: object) -> None:
-    assert owner_of(layer) == expected
-
-
-def test_owner_of_a_baseline_layer_is_among_the_rows_of_the_artifact() -> None:
-    layer = _layer("e", "PointWise", f"{CONV}/Mul", f"{RELU}/Relu")
-    assert owner_of(layer, [CONV, POOL]) == CONV
-    assert owner_of(layer, [POOL]) == SharedKernel((CONV, RELU))
-
-
-def test_owners_of_an_engine_that_was_really_built_find_every_layer(
-    built: tuple[Artifact, Path, BuiltEngine],
-) -> None:
-    layers = built[2].layers
-    owners = owners_of_layers(layers)
-    assert owners.keys() == {layer.name for layer in layers}
-    assert [owners[layer.name] for layer in layers if layer.kind == "convolution"] == [CONV]
-    assert [owners[layer.name] for layer in layers if layer.kind == "pooling"] == [POOL]
-    shares = [shares_of(owner, {CONV: 100}) for owner in owners.values()]
-    assert [sum(share.values()) for share in shares] == pytest.approx([1.0] * len(layers))
-    assert {path for share in shares for path in share} == {
-        "preprocess",
-        CONV,
-        RELU,
-        POOL,
-        "roi_heads",
-        NOWHERE,
-    }
-
-
-INSPECTED: tuple[tuple[str, str, tuple[str, ...], float], ...] = (
-    ("Reformatting CopyNode for Input Tensor 0 to backbone.body.conv1/Conv", "Reformat", (), 0.02),
-    (f"{CONV}/Conv + {RELU}/Relu", "CaskGemmConvolution", (f"{CONV}/Conv", f"{RELU}/Relu"), 0.5),
-    (f"{BOX}/Gemm + {CLS}/Gemm", "CaskGemmMatrixMultiply", (f"{BOX}/Gemm", f"{CLS}/Gemm"), 0.3),
-    ("{ForeignNode[roi_heads/Sub...roi_heads/Loop]}", "Myelin", ("roi_heads/Sub", "roi_heads/Loop"), 0.1),
-    ("__mye_memset", "memset", (), 0.01),
-)
-"""An engine as the inspector of TensorRT 8.6 and newer lists it; no time is a measured one."""
-
-
-def _inspector_json() -> str:
-    tensor = {"Name": "t", "Dimensions": [1, 8, 4, 4], "Format/Datatype": "Row major Int8 format"}
-    layers = [
-        {
-            "Name": name,
-            "LayerType": kernel,
-            "Inputs": [tensor],
-            "Outputs": [tensor],
-            "Metadata": " ".join(f"[ONNX Layer: {node}]" for node in nodes),
-        }
-        for name, kernel, nodes, _ in INSPECTED
-    ]
-    return json.dumps({"Layers": layers, "Bindings": ["frame", "boxes"]})
-
-
-def test_profiled_run_of_an_inspected_engine_adds_up_by_module() -> None:
-    layers = parse_inspector(_inspector_json())
-    times = [(name, ms) for name, _, _, ms in INSPECTED]
-    runs = [profiled_run(1.0, times, layers), profiled_run(1.1, [*times, times[-1]], layers)]
-    assert [kernel.kernel for kernel in runs[0].kernels] == [kernel for _, kernel, _, _ in INSPECTED]
-    costs = sum_by_path(runs[:1], owners_of_layers(layers))
-    assert sum(cost.median_ms for cost in costs.values()) == pytest.approx(sum(ms for _, ms in times))
-    assert costs[CONV].median_ms == pytest.approx(0.52)
-    assert costs[RELU].median_ms == 0
-    assert costs[RELU].others == {"CaskGemmConvolution": (CONV,)}
-    assert costs[BOX].median_ms == costs[CLS].median_ms == pytest.approx(0.15)
-    assert costs[NOWHERE].median_ms == pytest.approx(0.01)
-    assert len(runs[1].kernels) == len(INSPECTED) + 1  # a layer of a loop is timed each time that it runs
-
-
-def test_profiled_layer_that_the_inspector_does_not_list_stays_in_the_run() -> None:
-    run = profiled_run(1.0, [("unknown", 0.5)], parse_inspector(_inspector_json()))
-    assert [(kernel.name, kernel.duration_ms) for kernel in run.kernels] == [("unknown", 0.5)]
-    assert "unknown" not in owners_of_layers(parse_inspector(_inspector_json()))
-
-
-def test_profiled_layer_with_control_characters_in_its_name_is_found() -> None:
-    text = '{"Layers": [{"Name": "a\x1eb", "LayerType": "kgen", "Metadata": "[ONNX Layer: x/A]\x1e[ONNX Layer: y/B]"}]}'
-    (layer,) = layers = parse_inspector(without_control_characters(text))
-    assert layer.nodes == ("x/A", "y/B")
-    assert profiled_run(1.0, [("a\x1eb", 0.5)], layers).kernels == (KernelTime(layer.name, "kgen", 0.5),)
