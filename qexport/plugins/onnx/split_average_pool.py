@@ -271,7 +271,6 @@ def _separate(node: ir.Node, found: _Found) -> SplitPool:
             [value],
             kernel_shape=kernel,
             strides=stride,
-            dilations=dilation,
             ceil_mode=_int(node, "ceil_mode"),
             count_include_pad=_int(node, "count_include_pad"),
         )
@@ -279,6 +278,8 @@ def _separate(node: ir.Node, found: _Found) -> SplitPool:
         assert producer is not None
         own = ir.AttrInt64s("pads", pad) if auto_pad == "NOTSET" else ir.AttrString("auto_pad", auto_pad)
         producer.attributes.add(own)
+        if "dilations" in node.attributes:  # an attribute since opset 19
+            producer.attributes.add(ir.AttrInt64s("dilations", dilation))
         value.dtype = node.outputs[0].dtype
     split = SplitPool(_site(node), found.input_size, found.output_size, "pool of each axis", 2)
     build.replace_with(value)
