@@ -54,10 +54,13 @@ def _quantize(
     context: ConversionContext, scale: torch.Tensor, codes: tuple[int, int], *, axis: int | None
 ) -> None:
     trt, network = load_library().trt, context.network
-    x = argument(context, 0, "input")
-    tensor = live(context, x)
-    if codes != (_LOWEST, _HIGHEST) and not _stays_inside(x, scale, codes, axis):
-        tensor = _clipped(context, tensor, scale, codes)
+    x: torch.Tensor = argument(context, 0, "input")
+    if codes == (_LOWEST, _HIGHEST):
+        tensor = live(context, x)
+    elif hasattr(x, TRT_TENSOR):
+        tensor = _clipped(context, live(context, x), scale, codes)
+    else:
+        tensor = constant(context, _clipped_constant(x, scale, codes, axis).numpy())
     step = constant(context, scale.numpy())
     quantize = (
         network.add_quantize(tensor, step, trt.int8)
@@ -80,22 +83,22 @@ def _takes_type(trt: Any) -> bool:
     return "STRONGLY_TYPED" in getattr(trt.NetworkDefinitionCreationFlag, "__members__", {})
 
 
-def _stays_inside(x: torch.Tensor, scale: torch.Tensor, codes: tuple[int, int], axis: int | None) -> bool:
-    """Tell whether the values of a constant need no clipping: symmetric int8 weights never reach -128."""
-    if hasattr(x, TRT_TENSOR):
-        return False
+def _clipped_constant(
+    x: torch.Tensor, scale: torch.Tensor, codes: tuple[int, int], axis: int | None
+) -> torch.Tensor:
+    """Return a constant, int8 weights for instance, within what its codes stand for."""
     view = [1] * x.dim()
     if axis is not None:
         view[axis] = -1
-    reached = torch.round(x.detach().cpu() / scale.reshape(view))
-    return bool(reached.min() >= codes[0] and reached.max() <= codes[1])
+    step = scale.reshape(view)
+    return torch.minimum(torch.maximum(x.detach().cpu(), codes[0] * step), codes[1] * step)
 
 
 def _clipped(context: ConversionContext, tensor: Any, scale: torch.Tensor, codes: tuple[int, int]) -> Any:
     if scale.dim():
         raise UnsupportedOperator(
-            f"fake-quantizer per channel with codes {codes[0]}..{codes[1]} from its zero point, of values outside "
-            "them: TensorRT clips at -128..127 alone."
+            f"fake-quantizer per channel of activations with codes {codes[0]}..{codes[1]} from its zero point: "
+            "TensorRT clips at -128..127 alone."
         )
     layer = context.network.add_activation(tensor, load_library().trt.ActivationType.CLIP)
     layer.alpha, layer.beta = codes[0] * float(scale), codes[1] * float(scale)

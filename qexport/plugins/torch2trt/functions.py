@@ -145,6 +145,11 @@ _UPSAMPLING = {
     "upsample_bilinear2d": "bilinear",
     "upsample_bicubic2d": "bicubic",
 }
+_FIRST_OF_SEVERAL = {
+    "_native_batch_norm_legit_no_training": "torch.nn.functional.batch_norm",
+    "max_pool2d_with_indices": "torch.nn.functional.max_pool2d",
+}
+"""Functions that give the first of the results of an ATen operator."""
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Dotted name of a torch function, its arguments, its keyword arguments."""
@@ -172,8 +177,8 @@ def torch_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
         call = _slice(*args)
     elif name == "_to_copy" or (name == "to" and "dtype" in kwargs):
         call = "torch.Tensor.to", (args[0], kwargs["dtype"]), {}
-    elif name == "max_pool2d_with_indices":
-        call = None  # its user takes one of two results
+    elif name in _FIRST_OF_SEVERAL:
+        call = _first_of_several(name, args)
     elif namespace == "aten" and name in TORCH_NAMES:
         call = TORCH_NAMES[name], args, kwargs
     if call is None:
@@ -228,10 +233,14 @@ class _Interpreter(Interpreter):
         self.place = _place(n)
         if is_quantize(n) or is_dequantize(n):
             result = self._fake_quantize(n)
+        elif op_name(n) == "_assert_tensor_metadata":
+            result = None  # holds by construction: every shape is fixed
         elif op_name(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             name, args, kwargs = torch_call(n, tuple(map(_plain, args)), kwargs)
             result = lookup(name)(*args, **kwargs)
+            if op_name(n) in _FIRST_OF_SEVERAL:
+                result = (result,)
         else:
             result = super().run_node(n)
         if self._after_node is not None:
@@ -283,6 +292,13 @@ def _real_weights(graph: GraphModule, node: Node) -> Tensor:
 
 def _held(graph: GraphModule, value: object) -> Tensor:
     return constant_of(graph, value) if isinstance(value, Node) else torch.as_tensor(value)
+
+
+def _first_of_several(name: str, args: tuple[Any, ...]) -> Call:
+    if name == "max_pool2d_with_indices":
+        return _FIRST_OF_SEVERAL[name], args, {}
+    x, weight, bias, mean, variance, momentum, eps = args
+    return _FIRST_OF_SEVERAL[name], (x, mean, variance, weight, bias, False, momentum, eps), {}
 
 
 def _interpolate(mode: str, args: tuple[Any, ...]) -> Call:
