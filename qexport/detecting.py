@@ -111,8 +111,9 @@ def open_runner(artifact: Path, threads: int = 1) -> Runner:
         raise ArtifactError(
             f"{artifact}: made for target {target!r}, which this qexport does not know. Upgrade qexport."
         )
-    find_target(target).require("run")
-    runner: type[Runner] = importlib.import_module(f"qexport.runtimes.{target}").RUNNER
+    found = find_target(target)
+    found.require("run")
+    runner: type[Runner] = importlib.import_module(f"qexport.runtimes.{found.runtime}").RUNNER
     return runner(artifact, threads=threads)
 
 

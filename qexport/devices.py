@@ -6,7 +6,6 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from qexport.artifact import load_artifact
 from qexport.target import find_target
 
 
@@ -18,14 +17,10 @@ def has_device(target: str) -> bool:
 
 def why_untimed(target: str, run: Path) -> str:
     """Return why a target was not timed here, and how to have it timed."""
-    folder = run / target
-    travels = load_artifact(folder)[0].file("int8").name.endswith(".onnx")
-    how = (
-        f"Measure {folder} on the device (deploy/jetson/measure.sh), then here: qexport report {run} --merge FILE..."
-        if travels
-        else "Its engine is made where PyTorch is: give the same command on a device with torch and torch2trt."
+    return (
+        f"{target}: no NVIDIA GPU here, so its latency was not measured. Build and measure {run / target} on the "
+        f"device (docs/jetson.md), then here: qexport report {run} --merge FILE..."
     )
-    return f"{target}: no NVIDIA GPU here, so its latency was not measured. {how}"
 
 
 def runner_for(target: str) -> Any:

@@ -87,7 +87,10 @@ details=''
 if takes --profilingVerbosity; then details=--profilingVerbosity=detailed; elif takes --nvtxMode; then details=--nvtxMode=verbose; fi
 
 engine=$out/$precision.engine
-set -- "$trtexec" "--onnx=$artifact/detector.$precision.onnx" "--saveEngine=$engine"
+case $source in
+    *.network) fail "$UNUSABLE" "trtexec reads no ${source##*/}, the network of torch2trt: build it with qexport build $artifact --precision $precision" ;;
+esac
+set -- "$trtexec" "--onnx=$source" "--saveEngine=$engine"
 # shellcheck disable=SC2086 # flags, empty ones left out
 set -- "$@" $types $details $workspace $only_build
 run mkdir -p "$out"
@@ -98,8 +101,8 @@ fi
 say "building $engine; this takes minutes"
 if ! "$@" >"$out/build.log" 2>&1; then
     tail -n 20 "$out/build.log" >&2
-    fail "$FAILED" "TensorRT could not build $artifact/detector.$precision.onnx; everything it said is in $out/build.log"
+    fail "$FAILED" "TensorRT could not build $source; everything it said is in $out/build.log"
 fi
 # What it was built from: merging checks it against artifact.json.
-sha256sum "$artifact/detector.$precision.onnx" | cut -d ' ' -f 1 >"$engine.onnx-sha256"
+sha256sum "$source" | cut -d ' ' -f 1 >"$engine.onnx-sha256"
 say "built $engine"

@@ -70,14 +70,14 @@ if [ ! -f "$engine" ]; then
     [ "$dry_run" = 1 ] || fail "$UNUSABLE" "no engine for $precision, neither $out/$precision.engine nor one in $artifact/engines. Run build.sh $artifact --precision $precision first"
     engine=$out/$precision.engine
 fi
-onnx_sha256=$(sha256sum "$artifact/detector.$precision.onnx" | cut -d ' ' -f 1)
+onnx_sha256=$(sha256sum "$source" | cut -d ' ' -f 1)
 if [ -f "$engine.onnx-sha256" ] && [ "$(cat "$engine.onnx-sha256")" != "$onnx_sha256" ]; then
-    fail "$UNUSABLE" "$engine was built from another detector.$precision.onnx than the one in $artifact. Run build.sh again"
+    fail "$UNUSABLE" "$engine was built from another ${source##*/} than the one in $artifact. Run build.sh again"
 fi
 # What `qexport build` made has its source in the record beside it.
 record=$artifact/engines/engines.json
 if [ "$engine" = "$artifact/engines/detector.$precision.engine" ] && ! grep -q "$onnx_sha256" "$record" 2>/dev/null; then
-    fail "$UNUSABLE" "$engine was built from another detector.$precision.onnx than the one in $artifact. Run build.sh again"
+    fail "$UNUSABLE" "$engine was built from another ${source##*/} than the one in $artifact. Run build.sh again"
 fi
 
 # What was asked for, and how to undo it.

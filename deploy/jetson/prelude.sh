@@ -55,7 +55,7 @@ need_number() {
     esac
 }
 
-# need_artifact FOLDER PRECISION: the artifact holds the network of that precision.
+# need_artifact FOLDER PRECISION: the artifact holds the network of that precision; its file becomes `source`.
 need_artifact() {
     [ -n "$1" ] || fail "$UNUSABLE" "give the artifact's folder, RUN/tensorrt; see --help"
     case $2 in
@@ -63,7 +63,10 @@ need_artifact() {
         *) fail "$UNUSABLE" "--precision is int8, fp16 or fp32, got '$2'" ;;
     esac
     [ -f "$1/artifact.json" ] || fail "$UNUSABLE" "$1: no artifact.json there. Give the folder RUN/tensorrt that qexport export wrote"
-    [ -f "$1/detector.$2.onnx" ] || fail "$UNUSABLE" "$1: no detector.$2.onnx there, so there is nothing to build with --precision $2"
+    for source in "$1/detector.$2.onnx" "$1/detector.$2.network"; do
+        if [ -f "$source" ]; then return; fi
+    done
+    fail "$UNUSABLE" "$1: no detector.$2.onnx there, so there is nothing to build with --precision $2"
 }
 
 # find_trtexec: set `trtexec`; JetPack has it outside of the PATH.

@@ -26,17 +26,17 @@ def build(
     ] = None,
     target_option: options.TargetOption = None,
 ) -> None:
-    """Build TensorRT engines of an artifact's .onnx files for this machine: its TensorRT, its GPU, its driver.
+    """Build TensorRT engines of an artifact's files for this machine: its TensorRT, its GPU, its driver.
 
-    An engine loads where it was built and nowhere else; the .onnx files go everywhere. Needs no torch: this is
-    the command for the board. With a DLA core, the float32 file and the calibration cache are taken.
+    An engine loads where it was built and nowhere else; the files it is built from go everywhere. Needs no torch:
+    this is the command for the board. With a DLA core, the float32 file and the calibration cache are taken.
 
       qexport build bccd/tensorrt
       qexport build bccd/tensorrt --precision int8 --precision fp16 -O tensorrt.workspace_mb=1024
       qexport build bccd/tensorrt -O tensorrt.dla_core=0
     """
     from qexport.artifact import load_artifact  # noqa: PLC0415 - `--help` needs none of it
-    from qexport.runtimes.tensorrt_builder import build_from_onnx  # noqa: PLC0415
+    from qexport.runtimes.tensorrt_builder import build_from_file  # noqa: PLC0415
     from qexport.runtimes.tensorrt_library import load_library  # noqa: PLC0415
     from qexport.target import find_target  # noqa: PLC0415
     from qexport.target_options import BuildOptions, read_options  # noqa: PLC0415
@@ -47,16 +47,12 @@ def build(
         raise ArtifactError(f"{folder}: target {made.target} has no engines; it runs as it was exported.")
     roles = list(dict.fromkeys(precision or ["int8"]))
     for role in roles:
-        if not made.file(role).name.endswith(".onnx"):
-            raise ArtifactError(
-                f"{folder}: {made.file(role).name} is no .onnx; an engine of target {made.target} is made where its "
-                f"detector is: qexport export RUN --target {made.target}."
-            )
+        made.file(role)  # refused before anything is built
     library = load_library()
     files = {file.role: file.name for file in made.files}
     with screen.progress("build engines", len(roles)) as step:
         for role in roles:
-            build_from_onnx(library, folder, files, role, chosen)
+            build_from_file(library, folder, files, role, chosen)
             step()
     for sentence in tables.describe_engines(folder):
         screen.show(sentence)

@@ -29,7 +29,7 @@ from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
 from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.reference import QuantizedDetector
 from qexport.runtimes import calibration_cache
-from qexport.runtimes.tensorrt_builder import build_from_onnx
+from qexport.runtimes.tensorrt_builder import build_from_file
 from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, load_library
 from qexport.target_options import TensorrtOptions
 from qexport.versions import package_versions
@@ -76,10 +76,10 @@ def export(
     sites = _name(base, quantized)
     _save(base.model, folder / FILE_NAMES[INT8])
     _write_floats(quantized, forms, folder)
-    built = build_from_onnx(library, folder, FILE_NAMES, INT8, options)
+    built = build_from_file(library, folder, FILE_NAMES, INT8, options)
     layers = read_back(built.layers, quantized.quantize_nodes, encodings, library=library.name)
     for role in (FP16, FP32):
-        build_from_onnx(library, folder, FILE_NAMES, role, options)
+        build_from_file(library, folder, FILE_NAMES, role, options)
     artifact = Artifact(
         target="tensorrt",
         qexport_version=qexport.__version__,

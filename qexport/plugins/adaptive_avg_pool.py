@@ -14,7 +14,7 @@ its window up one by one, and in float32 a longer sum is more than 1e-6 off.
 Of the forms that fit, `plan` takes the cheapest by this cost, in nanoseconds, summed over the layers that run:
 
     pool       layer + outputs * volume * pool_read + outputs * pool_write + volume * pool_term
-    reduction  layer + inputs * reduce_read + outputs * reduce_write
+    reduction  layer + inputs * reduce_read + outputs * reduce_write + vectors * vector
     product    layer + (inputs + outputs) * move + multiply-adds * multiply + products * product + vectors * vector
     grouped    a product + 2 * reshape
 
@@ -66,7 +66,7 @@ class Costs:
     product: float
     """Each single product of a batch: one for each map where rows are averaged, one for all maps for columns."""
     vector: float
-    """Each row of a map, or part of one where grouped, that is multiplied along its columns."""
+    """Each row of a map (part of one where grouped) that is multiplied along its columns, or added to the others."""
     rows_together: bool
     """Whether a product over columns leaves the rows together in memory, so that those are one product as well."""
     reshape: float
@@ -161,7 +161,9 @@ class Reduce:
     def cost_ns(self, size: Pair, maps: int, costs: Costs) -> float:
         """Return the cost of this step on maps of a size."""
         inputs, outputs = maps * math.prod(size), maps * math.prod(self.output_size(size))
-        return costs.layer + inputs * costs.reduce_read + outputs * costs.reduce_write
+        vectors = maps * size[0] if self.axes == (0,) else 0
+        cost = costs.layer + inputs * costs.reduce_read + outputs * costs.reduce_write
+        return cost + vectors * costs.vector
 
 
 @dataclass(frozen=True, slots=True)

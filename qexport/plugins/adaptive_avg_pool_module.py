@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
@@ -50,23 +51,37 @@ class SplitAdaptiveAvgPool2d(nn.Module):
         Raises:
             UnsupportedOperator: not a map of 3 or 4 axes, or an output size without sense.
         """
-        return _planned(x.shape, self.output_size)
+        return _planned(x.shape, self.output_size).plan
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the pooled map, of as many axes as `x`."""
-        for step in _planned(x.shape, self.output_size).steps:
+        planned = _planned(x.shape, self.output_size)
+        if planned.products is not None:
+            return _two_products(*planned.products, x)
+        for step in planned.plan.steps:
             x = _apply(step, x)
         return x.contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    plan: PoolPlan
+    products: tuple[Matrix, Matrix] | None
+    """Over columns, then over rows, where these are the whole plan."""
+
+
 @functools.lru_cache(maxsize=256)
-def _planned(shape: tuple[int, ...], output_size: OutputSize) -> PoolPlan:
+def _planned(shape: tuple[int, ...], output_size: OutputSize) -> _Planned:
     if len(shape) not in (3, 4):
         raise UnsupportedOperator(
             f"SplitAdaptiveAvgPool2d takes (N, C, H, W) or (C, H, W), got a tensor of shape {shape}."
         )
     size = (shape[-2], shape[-1])
-    return plan(size, resolve_output_size(output_size, size), costs=TORCH, maps=max(1, math.prod(shape[:-2])))
+    maps = max(1, math.prod(shape[:-2]))
+    found = plan(size, resolve_output_size(output_size, size), costs=TORCH, maps=maps)
+    matrices = [step for step in found.steps if isinstance(step, Matrix) and step.groups == 1]
+    whole = [step.axis for step in matrices] == [1, 0] and len(found.steps) == 2
+    return _Planned(found, (matrices[0], matrices[1]) if whole else None)
 
 
 def _apply(step: Step, x: Tensor) -> Tensor:
@@ -77,24 +92,30 @@ def _apply(step: Step, x: Tensor) -> Tensor:
     return _rows_product(step, x) if step.axis == 0 else _columns_product(step, x)
 
 
+def _two_products(columns: Matrix, rows: Matrix, x: Tensor) -> Tensor:
+    """Return both products, each one call for all maps.
+
+    The first result is (columns, maps * rows), so that the second finds the rows together in memory.
+    """
+    *lead, height, width = x.shape
+    first = torch.mm(_weights(columns, x), x.reshape(-1, width).t())
+    both = torch.mm(_weights(rows, x), first.view(-1, height).t())
+    maps_last = both.view(rows.outputs, columns.outputs, -1)
+    return maps_last.permute(2, 0, 1).reshape(*lead, rows.outputs, columns.outputs)
+
+
 def _columns_product(step: Matrix, x: Tensor) -> Tensor:
     """Return the product with all rows of all maps at once.
 
-    The matrix stands on the left: a BLAS is up to twice as slow at a result of few columns. The result is a view
-    whose columns lie apart in memory and whose rows lie together, as the product over the rows wants them.
+    The matrix stands on the left: a BLAS is up to twice as slow at a result of few columns.
     """
     *lead, height, width = x.shape
-    flat = x.reshape(-1, width // step.groups)
-    product = torch.mm(_weights(step, x), flat.t()).t()
-    return product.reshape(*lead, height, step.outputs)
+    product = torch.mm(_weights(step, x), x.reshape(-1, width // step.groups).t())
+    return product.t().reshape(*lead, height, step.outputs)
 
 
 def _rows_product(step: Matrix, x: Tensor) -> Tensor:
     *lead, height, width = x.shape
-    if x.stride(-2) == 1 and step.groups == 1:
-        columns = x.movedim(-1, 0)
-        product = torch.mm(_weights(step, x), columns.reshape(-1, height).t())
-        return product.view(step.outputs, width, *lead).movedim((0, 1), (-2, -1))
     parts = x.reshape(*lead[:-1], lead[-1] * step.groups, height // step.groups, width)
     return torch.matmul(_weights(step, x), parts).reshape(*lead, step.outputs, width)
 

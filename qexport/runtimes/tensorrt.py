@@ -16,7 +16,7 @@ from qexport.layers import Kind
 from qexport.runtimes.cuda_memory import Cuda
 from qexport.runtimes.nvidia_device import find_device
 from qexport.runtimes.runner import OUTPUTS, ProfiledRun, ProfilingRunner, SharedKernel
-from qexport.runtimes.tensorrt_builder import EngineBuilder, identity_here
+from qexport.runtimes.tensorrt_builder import TIMING_CACHE, EngineBuilder, identity_here
 from qexport.runtimes.tensorrt_engine import LoadedEngine
 from qexport.runtimes.tensorrt_execution import Execution
 from qexport.runtimes.tensorrt_layers import EngineLayer, kind_of
@@ -24,8 +24,6 @@ from qexport.runtimes.tensorrt_library import TensorrtLibrary, installed_flavour
 from qexport.runtimes.tensorrt_owners import owners_of_layers
 from qexport.runtimes.tensorrt_profile import LayerProfile, layers_of
 from qexport.target_options import BuildOptions
-
-_TIMING_CACHE = "timing.cache"
 
 
 class TensorrtRunner(ProfilingRunner):
@@ -122,7 +120,7 @@ class TensorrtRunner(ProfilingRunner):
 
     def _probe(self, tensors: tuple[str, ...]) -> Execution:
         if tensors not in self._probes:
-            cache = self.folder / FOLDER / _TIMING_CACHE
+            cache = self.folder / FOLDER / TIMING_CACHE
             data = build_probe(self._library, self.path, tensors, cache=cache)
             engine = self._load(data, f"{self.path} with {len(tensors)} of its tensors as outputs")
             self._probes[tensors] = self._keep(Execution(engine, self._cuda))

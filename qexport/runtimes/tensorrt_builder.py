@@ -17,6 +17,8 @@ from qexport.runtimes.calibration_cache import cache_calibrator
 from qexport.runtimes.nvidia_device import find_device
 from qexport.runtimes.tensorrt_layers import LISTING, EngineLayer, parse_inspector, parse_listing
 from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, network_flags, start_builder
+from qexport.runtimes.tensorrt_network import load_network
+from qexport.runtimes.tensorrt_network_writer import write_network
 from qexport.target_options import BuildOptions
 
 MOST_TOPK = 3840
@@ -24,7 +26,7 @@ MOST_TOPK = 3840
 LARGEST_WINDOW = 100_000
 """Positions that a window of a pool or a convolution must stay below."""
 INT8, FP32 = "int8", "fp32"
-_TIMING_CACHE = "timing.cache"
+TIMING_CACHE = "timing.cache"
 _MEBIBYTE = 2**20
 _HINTS = (
     ("K exceeds the maximum value", f"TopK takes at most {MOST_TOPK}: lower rpn_pre_nms_top_n_test."),
@@ -65,6 +67,8 @@ class EngineBuilder:
         self.messages: list[tuple[Any, str]] = []
         self._logger = _collecting_logger(trt, self.messages)
         self.builder = start_builder(trt, self._logger)
+        if hasattr(trt, "init_libnvinfer_plugins"):
+            trt.init_libnvinfer_plugins(self._logger, "")  # the ROIAlign plugin is one of them
         self.network = self.builder.create_network(network_flags(trt, weakly_typed=weakly_typed))
         self._keep: list[Any] = []
 
@@ -83,13 +87,18 @@ class EngineBuilder:
         self.builder, self.network = builder, network
 
     def parse(self, path: Path) -> Any:
-        """Read an ONNX file into the network, and return it.
+        """Read an ONNX file, or a network that was saved, into the network, and return it.
 
         Raises:
             UnsupportedOperator: TensorRT lacks an operator, named with its module path.
             ArtifactError: the file is cut off, or takes frames of a size that is not fixed.
         """
         trt = self.library.trt
+        if path.suffix != ".onnx":
+            saved = load_network(path)
+            self._keep.append(saved)  # the network reads its arrays until it is built
+            write_network(trt, self.network, saved)
+            return self.network
         parser = trt.OnnxParser(self.network, self._logger)
         self._keep.append(parser)  # it owns the weights of the network
         if not parser.parse_from_file(str(path)):
@@ -165,6 +174,11 @@ class EngineBuilder:
                 f"DLA core {core} was asked for; this machine has {cores or 'no'} DLA core(s). "
                 "Leave dla_core out to run on the GPU."
             )
+        if calibration is None and hasattr(trt, "IInt8EntropyCalibrator2"):
+            raise QexportError(
+                "a DLA core takes the ranges of a calibration cache, which this artifact does not have: build that of "
+                "target tensorrt."
+            )
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = core
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
@@ -201,10 +215,10 @@ class EngineBuilder:
         return parse_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def build_from_onnx(
+def build_from_file(
     library: TensorrtLibrary, folder: Path, files: Mapping[str, str], role: str, options: BuildOptions
 ) -> BuiltEngine:
-    """Build the engine of an artifact's ONNX file and write it beside the artifact.
+    """Build the engine of one of an artifact's files and write it beside the artifact.
 
     Args:
         library: the TensorRT that builds.
@@ -243,7 +257,7 @@ def write_engine(
     """
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    cache = place / _TIMING_CACHE if options.timing_cache else None
+    cache = place / TIMING_CACHE if options.timing_cache else None
     calibration = folder / CALIBRATION_CACHE
     built = builder.build(options, cache=cache, calibration=calibration if calibration.is_file() else None)
     path = place / f"detector.{role}.engine"

@@ -141,7 +141,7 @@ def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
         ArtifactError: cut off, of another form, or without the details that verbosity DETAILED gives.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, strict=False)  # the metadata holds control characters
     except ValueError as error:
         raise ArtifactError(f"the layer information is no JSON ({error}): was the file cut off?") from error
     layers = document.get("Layers") if isinstance(document, dict) else None

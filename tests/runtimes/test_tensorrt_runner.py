@@ -20,7 +20,7 @@ from qexport.errors import ArtifactError, DatasetError, TargetUnavailable
 from qexport.runtimes import tensorrt
 from qexport.runtimes.cuda_memory import Cuda
 from qexport.runtimes.tensorrt import TensorrtRunner, build_probe, has_device, mark_outputs
-from qexport.runtimes.tensorrt_builder import BuiltEngine, EngineBuilder, build_from_onnx, identity_here
+from qexport.runtimes.tensorrt_builder import BuiltEngine, EngineBuilder, build_from_file, identity_here
 from qexport.runtimes.tensorrt_engine import (
     LoadedEngine,
     NamedTensors,
@@ -62,7 +62,7 @@ def built(
 ) -> tuple[Artifact, Path, BuiltEngine]:
     folder = tmp_path_factory.mktemp("engine")
     artifact = make_artifact(folder)
-    return artifact, folder, build_from_onnx(library, folder, {"int8": FILE_NAME}, "int8", BuildOptions())
+    return artifact, folder, build_from_file(library, folder, {"int8": FILE_NAME}, "int8", BuildOptions())
 
 
 # Where there is no device
@@ -158,7 +158,7 @@ def test_engine_of_another_machine_says_in_what_it_differs(
 def test_engine_that_was_cut_off_is_refused_before_it_is_loaded(
     artifact: Artifact, tmp_path: Path, library: TensorrtLibrary
 ) -> None:
-    build_from_onnx(library, tmp_path, {"int8": FILE_NAME}, "int8", BuildOptions())
+    build_from_file(library, tmp_path, {"int8": FILE_NAME}, "int8", BuildOptions())
     (engine,) = load_engines(tmp_path).engines
     path = tmp_path / FOLDER / engine.name
     path.write_bytes(path.read_bytes()[:1000])

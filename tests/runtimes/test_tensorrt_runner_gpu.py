@@ -17,7 +17,7 @@ from qexport.engines import FOLDER, load_engines
 from qexport.errors import ArtifactError, DatasetError
 from qexport.runtimes.runner import OUTPUTS
 from qexport.runtimes.tensorrt import TensorrtRunner, has_device
-from qexport.runtimes.tensorrt_builder import build_from_onnx
+from qexport.runtimes.tensorrt_builder import build_from_file
 from qexport.runtimes.tensorrt_library import load_library
 from qexport.target_options import BuildOptions
 
@@ -35,7 +35,7 @@ Frame = NDArray[np.uint8]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     make_artifact(folder)
-    build_from_onnx(load_library(), folder, {"int8": FILE_NAME}, "int8", BuildOptions())
+    build_from_file(load_library(), folder, {"int8": FILE_NAME}, "int8", BuildOptions())
     return folder
 
 
@@ -116,7 +116,7 @@ def test_profile_has_every_layer_and_adds_up_by_module(runner: TensorrtRunner, f
 
 def test_open_of_an_engine_that_was_cut_off_raises_the_rebuild(tmp_path: Path) -> None:
     make_artifact(tmp_path)
-    build_from_onnx(load_library(), tmp_path, {"int8": FILE_NAME}, "int8", BuildOptions())
+    build_from_file(load_library(), tmp_path, {"int8": FILE_NAME}, "int8", BuildOptions())
     path = tmp_path / FOLDER / load_engines(tmp_path).engines[0].name
     path.write_bytes(path.read_bytes()[:1000])
     with (
