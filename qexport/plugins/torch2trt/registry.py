@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from qexport.plugins.torch2trt import (
     activations,
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
     avg_pool2d,
     batch_norm,
     best_scores,
@@ -41,6 +43,8 @@ from qexport.plugins.torch2trt import (
 from qexport.plugins.torch2trt.registration import Convert, Family, Operator
 
 OPERATORS: tuple[Operator, ...] = (
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
     avg_pool2d,
     best_scores,
     conv2d,

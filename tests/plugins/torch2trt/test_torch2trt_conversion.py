@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
+import torchvision
 from torch import Tensor, nn
 from torch2trt_networks import assert_converts, convert_model
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from qexport.errors import TargetUnavailable, UnsupportedOperator
 from qexport.plugins.torch2trt import hardswish, registry
@@ -261,3 +263,28 @@ def test_real_torch2trt_imported_leaves_no_alias_of_tensorrt() -> None:
     assert sys.modules.get("tensorrt", load_library().trt) is load_library().trt
     if load_library().trt.__name__ != "tensorrt":
         assert "tensorrt" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet18", "efficientnet_b0"])
+def test_backbone_of_torchvision_converted_as_it_is_gives_what_it_gives(name: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(torchvision.models, name)(weights=None).eval()
+        image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+    actual = convert_model(model, image).run(image)[0]
+    assert float((actual - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_feature_pyramid_of_torchvision_converted_as_it_is_gives_what_it_gives() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, norm_layer=FrozenBatchNorm2d
+        ).backbone.eval()
+        image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = list(model(image).values())
+    for reference, actual in zip(expected, convert_model(model, image, outputs=5).run(image), strict=True):
+        assert float((actual - reference).norm() / reference.norm()) < 1e-4
