@@ -8,10 +8,10 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-slow bench demo format clean
+.PHONY: help install test test-slow torch2trt-check bench demo format clean
 
 help: ## List the commands.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## Make .venv and install qexport into it, with the tools of development.
 
@@ -25,8 +25,14 @@ test: $(INSTALLED) ## Check style, types and import layers, then run the tests (
 test-slow: $(INSTALLED) ## Run every test.
 	$(BIN)/pytest
 
-bench: $(INSTALLED) ## Measure the demo beside its peers; options in BENCH="--model ... --accuracy".
+torch2trt-check: $(INSTALLED) ## Run the converters' tests in the real torch2trt: TORCH2TRT=path/to/checkout.
+	@test -d "$(TORCH2TRT)/torch2trt" || { \
+	    echo "make: TORCH2TRT=$(TORCH2TRT) is no checkout of torch2trt (github.com/NVIDIA-AI-IOT/torch2trt)" >&2; exit 2; }
+	PYTHONPATH="$(abspath $(TORCH2TRT))" QEXPORT_REQUIRE_TORCH2TRT=1 $(BIN)/pytest tests/plugins/torch2trt
+
+bench: $(INSTALLED) ## Measure the demo beside its peers, and split pools beside torch's; options in BENCH="--model ... --accuracy".
 	$(BIN)/python tools/bench.py $(BENCH)
+	$(BIN)/python tools/bench_pool.py
 
 demo: $(INSTALLED) ## Quantize, export, run and measure the demo detector; write runs/demo/report.html.
 	$(BIN)/qexport demo --out runs/demo

@@ -17,6 +17,7 @@ import qexport
 from qexport.artifact import Artifact, TensorSite, UnquantizedRow, describe_file, save_artifact
 from qexport.encodings import Encodings
 from qexport.files import sha256_json, whole_file, write_bytes
+from qexport.plugins.adaptive_avg_pool import TENSORRT
 from qexport.plugins.onnx import loop_nms, nms, normalised_image, roi_align
 from qexport.plugins.onnx.base_graph import BaseGraph, export_base_graph, quantizers_in_order
 from qexport.plugins.onnx.float_weights import store_weights_as_float
@@ -24,6 +25,7 @@ from qexport.plugins.onnx.half_precision import to_half_precision
 from qexport.plugins.onnx.names import name_all
 from qexport.plugins.onnx.opset_17 import to_opset_17
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
+from qexport.plugins.onnx.split_average_pool import split_average_pools
 from qexport.plugins.tensorrt.readback import read_back
 from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
 from qexport.quantization.graph import argument_node, scale_of
@@ -134,6 +136,7 @@ def lower(model: ir.Model, forms: Mapping[str, str]) -> None:
         if node.op_type in lowerings:
             lowerings[node.op_type](node)
     RemoveUnusedOpsetsPass()(model)
+    split_average_pools(model, costs=TENSORRT)
     to_opset_17(model)
 
 
