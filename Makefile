@@ -25,11 +25,6 @@ test: $(INSTALLED) ## Check style, types and import layers, then run the tests (
 test-slow: $(INSTALLED) ## Run every test.
 	$(BIN)/pytest
 
-torch2trt-check: $(INSTALLED) ## Run the converters' tests in the real torch2trt: TORCH2TRT=path/to/checkout.
-	@test -d "$(TORCH2TRT)/torch2trt" || { \
-	    echo "make: TORCH2TRT=$(TORCH2TRT) is no checkout of torch2trt (github.com/NVIDIA-AI-IOT/torch2trt)" >&2; exit 2; }
-	PYTHONPATH="$(abspath $(TORCH2TRT))" QEXPORT_REQUIRE_TORCH2TRT=1 $(BIN)/pytest tests/plugins/torch2trt
-
 torch2trt-check: $(INSTALLED) ## Run every test about torch2trt in the real one: TORCH2TRT=path/to/checkout.
 	@test -d "$(TORCH2TRT)/torch2trt" || { \
 	    echo "make: TORCH2TRT=$(TORCH2TRT) is no checkout of torch2trt (github.com/NVIDIA-AI-IOT/torch2trt)" >&2; exit 2; }
