@@ -1,17 +1,12 @@
 """From what trtexec measured on a board to a LatencyProfile: layers of the engine to module paths.
 
-TensorRT fuses, and names every node that is behind a layer. The time of a layer goes to the module of the first of
-them that does more than quantize: a convolution's, with the scaling, the addition and the ReLU that were fused to it.
-Where one kernel computes several modules' convolutions or matrix products, they share it by their
-multiply-accumulates. The other modules of the layer have rows that name the kernel, and no time of it. Time of
-layers that name no module is in no row: it is part of the gap, which is stated.
+Time belongs to modules as `runtimes.tensorrt_owners` says, as for an engine that is run here; that of layers which
+name no module has a row of its own.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +14,7 @@ from statistics import median
 from qexport.artifact import Artifact
 from qexport.benchmarks.board import Board, machine_of, read_board, throttle_gate
 from qexport.benchmarks.latency import ARTIFACT, GATE, summarise
-from qexport.benchmarks.latency_rows import PathCost, build_rows, order_of
+from qexport.benchmarks.latency_rows import build_rows, order_of, sum_by_path
 from qexport.benchmarks.trtexec import (
     LayerInfo,
     Profile,
@@ -33,14 +28,12 @@ from qexport.benchmarks.trtexec import (
 from qexport.errors import ArtifactError
 from qexport.layers import Layer, Stage, stage_of
 from qexport.results import Gate, LatencyProfile
-from qexport.runtimes.tensorrt_layers import EngineLayer, kind_of
+from qexport.runtimes.runner import NOWHERE, KernelTime, ProfiledRun
+from qexport.runtimes.tensorrt_layers import kind_of
+from qexport.runtimes.tensorrt_owners import owners_of_layers, weighted_modules
 
 MATCH_GATE = "layers found in the engine"
 ROLE = "int8"
-_WEIGHTED = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul)(?![a-z])")
-_QUANTIZING = re.compile(r"(Q|Deq)uantizeLinear|Cast")
-_ROOTS = frozenset({"preprocess", "transform", "backbone", "rpn", "roi_heads"})
-"""What the paths of a two-stage detector begin with; other nodes are the exporter's own and name no module."""
 _WEIGHTED_STAGES: frozenset[Stage] = frozenset({"trunk", "fpn", "rpn_head", "box_head"})
 
 
@@ -96,9 +89,12 @@ def latency_profile(
     whole = summarise([run.latency_ms for run in counted])
     # The layers are profiled on the device alone, so copies are left out of what they must add up to.
     compute_ms = median(run.compute_ms for run in counted)
-    paths, unnamed_ms = sum_by_module(measurement, detector_layers)
+    paths = sum_by_path(
+        [_run_of(measurement, compute_ms)], owners_of_layers(measurement.layers.layers), detector_layers
+    )
     order = order_of(list(paths), detector_layers)
     accounted_ms = sum(cost.median_ms for cost in paths.values())
+    unnamed_ms = paths[NOWHERE].median_ms if NOWHERE in paths else 0.0
     gates = [
         _accounted_gate(accounted_ms, unnamed_ms, compute_ms, min_accounted, artifact.target),
         _match_gate(measurement.layers, artifact, detector_layers),
@@ -126,47 +122,13 @@ def latency_profile(
     )
 
 
-def shares(layer: EngineLayer, macs: Mapping[str, int]) -> dict[str, float]:
-    """Return how the time of an engine's layer is divided among modules; the shares add up to 1, or there are none.
-
-    Args:
-        layer: of the engine.
-        macs: multiply-accumulates by module path.
-    """
-    named = [path for path in layer.modules if path.partition(".")[0] in _ROOTS]
-    if not named:
-        return {}
-    working = [path for path in _modules(layer, _QUANTIZING, negate=True) if path in named] or named
-    # An element-wise kernel behind a convolution names it too, for its scale and its bias.
-    weighted = _modules(layer, _WEIGHTED) if layer.kind in {"convolution", "linear"} else ()
-    owners = [path for path in weighted if path in named] or working[:1]
-    # A module that the detector does not list is weighed as the lightest, not as nothing.
-    weights = {path: max(1, macs.get(path, 0)) for path in owners}
-    total = sum(weights.values())
-    return dict.fromkeys(working, 0.0) | {path: weight / total for path, weight in weights.items()}
-
-
-def sum_by_module(
-    measurement: Measurement, detector_layers: Sequence[Layer]
-) -> tuple[dict[str, PathCost], float]:
-    """Divide the time of every profiled layer among its modules.
-
-    Returns:
-        Cost by module path, and the ms of layers that name no module.
-    """
-    macs = _macs(detector_layers)
-    divided = {layer.name: (layer.kernel, shares(layer, macs)) for layer in measurement.layers.layers}
-    medians: defaultdict[str, float] = defaultdict(float)
-    kernels: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    unnamed_ms = 0.0
-    for timed in measurement.profile.layers:
-        kernel, owners = divided[timed.name]
-        if not owners:
-            unnamed_ms += timed.median_ms
-        for path, share in owners.items():
-            medians[path] += share * timed.median_ms
-            kernels[path][kernel] += share * timed.mean_ms
-    return {path: PathCost(medians[path], dict(kernels[path])) for path in medians}, unnamed_ms
+def _run_of(measurement: Measurement, compute_ms: float) -> ProfiledRun:
+    """Return the medians of the layers as one run."""
+    kernels = {layer.name: layer.kernel for layer in measurement.layers.layers}
+    timed = (
+        KernelTime(layer.name, kernels[layer.name], layer.median_ms) for layer in measurement.profile.layers
+    )
+    return ProfiledRun(compute_ms, tuple(timed))
 
 
 def check_artifact(measurement: Measurement, artifact: Artifact, detector_layers: Sequence[Layer]) -> None:
@@ -201,7 +163,7 @@ def check_artifact(measurement: Measurement, artifact: Artifact, detector_layers
     for layer in found:
         strangers = [
             module
-            for module in _modules(layer, _WEIGHTED)
+            for module in weighted_modules(layer)
             if module not in known and stage_of(module) in _WEIGHTED_STAGES
         ]
         if strangers:
@@ -212,31 +174,13 @@ def check_artifact(measurement: Measurement, artifact: Artifact, detector_layers
             )
 
 
-def _modules(layer: EngineLayer, operator: re.Pattern[str], *, negate: bool = False) -> tuple[str, ...]:
-    """Return the modules of the nodes whose operator is meant, or is not, each once."""
-    paths = []
-    for node in layer.nodes:
-        path, _, operation = node.partition("/")
-        # `preprocess/Cast/output.1` is still a Cast.
-        if bool(operator.match(operation)) != negate:
-            paths.append(path.partition("@")[0])
-    return tuple(dict.fromkeys(paths))
-
-
-def _macs(detector_layers: Sequence[Layer]) -> dict[str, int]:
-    found: defaultdict[str, int] = defaultdict(int)
-    for layer in detector_layers:
-        found[layer.path] += layer.macs
-    return dict(found)
-
-
 def _known(artifact: Artifact, detector_layers: Sequence[Layer]) -> frozenset[str]:
     return frozenset([*(layer.path for layer in artifact.layers), *(layer.path for layer in detector_layers)])
 
 
 def _accounted_gate(layers_ms: float, unnamed_ms: float, whole_ms: float, limit: float, target: str) -> Gate:
     share = layers_ms / whole_ms if whole_ms else 0.0
-    unnamed = f", {unnamed_ms:.3f} ms more in layers that name no module" if unnamed_ms else ""
+    unnamed = f", {unnamed_ms:.3f} ms of them in layers that name no module" if unnamed_ms else ""
     return Gate(
         name=GATE,
         passed=share >= limit,

@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable
 from qexport.runtimes.runner import NOWHERE, SharedKernel
 from qexport.runtimes.tensorrt_layers import EngineLayer
 
-_WEIGHTED = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul)(?![a-z])")
-_QUANTIZING = re.compile(r"(Q|Deq)uantizeLinear|Cast")
+_WEIGHTED = re.compile(r"(Conv|ConvTranspose|Gemm|MatMul|conv2d|conv_transpose2d|linear)(?![a-z])")
+"""Operators by the names that ONNX and torch have for them."""
+_QUANTIZING = re.compile(r"(Q|Deq)uantizeLinear|Cast|fake_quantize_")
 _ROOTS = frozenset({"preprocess", "transform", "backbone", "rpn", "roi_heads"})
 """What the paths of a two-stage detector begin with; other nodes are the exporter's own and name no module."""
 
@@ -43,6 +44,13 @@ def owner_of(layer: EngineLayer, rows: Collection[str] | None = None) -> str | S
         fused = tuple(path for path in named if path not in weighted)
         return weighted[0] if len(named) == 1 else SharedKernel(tuple(weighted), by_macs=True, fused=fused)
     return next(iter(named)) if len(named) == 1 else SharedKernel(tuple(named))
+
+
+def weighted_modules(layer: EngineLayer) -> tuple[str, ...]:
+    """Return the modules whose convolution or matrix product a layer names, each once."""
+    return tuple(
+        path for path, operators in modules_of(layer).items() if any(map(_WEIGHTED.match, operators))
+    )
 
 
 def modules_of(layer: EngineLayer, rows: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
