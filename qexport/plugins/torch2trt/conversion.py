@@ -76,28 +76,11 @@ def convert(
     logger = logger if logger is not None else trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(trt))
-    context = torch2trt.ConversionContext(
-        network,
-        converters={},  # hooked below, ours before torch2trt's
-        torch2trt_kwargs={
-            **{"module": module, "device_types": {}, "default_device_type": trt.DeviceType.GPU},
-            **{"gpu_fallback": True, "int8_mode": False, "fp16_mode": False},
-        },
-        builder_config=builder.create_builder_config(),
-        logger=logger,
-    )
-    own = converters(extra)
-    theirs = {
-        f"{entry['module_name']}.{entry['qual_name']}": entry["converter"]
-        for entry in torch2trt.CONVERTERS.values()
-        if entry["is_real"] and exists(f"{entry['module_name']}.{entry['qual_name']}")
-    }
-    for name in NOT_TO_BE_TRUSTED:
-        theirs.pop(name, None)
+    context = _context(torch2trt, module, network, builder, logger)
     run = Run(
         context,
         network,
-        {**theirs, **own},
+        {**_trusted(torch2trt), **converters(extra)},
         place if place is not None else partial(_module_path, context),
         hold_shapes=partial(_held_shapes, torch2trt),
     )
@@ -311,6 +294,30 @@ class _Bare:
     method_args: Sequence[Any] = ()
     method_kwargs: dict[str, Any] = field(default_factory=dict)
     method_return: Any = None
+
+
+def _context(torch2trt: Any, module: nn.Module, network: Any, builder: Any, logger: Any) -> Any:
+    trt = load_library().trt
+    return torch2trt.ConversionContext(
+        network,
+        converters={},  # `Run` hooks them
+        torch2trt_kwargs={
+            **{"module": module, "device_types": {}, "default_device_type": trt.DeviceType.GPU},
+            **{"gpu_fallback": True, "int8_mode": False, "fp16_mode": False},
+        },
+        builder_config=builder.create_builder_config(),
+        logger=logger,
+    )
+
+
+def _trusted(torch2trt: Any) -> dict[str, Convert]:
+    """Return torch2trt's own converters, by dotted name; those that only print a warning left out."""
+    named = {f"{entry['module_name']}.{entry['qual_name']}": entry for entry in torch2trt.CONVERTERS.values()}
+    return {
+        name: entry["converter"]
+        for name, entry in named.items()
+        if entry["is_real"] and name not in NOT_TO_BE_TRUSTED and exists(name)
+    }
 
 
 def _check_results(result: object) -> None:
