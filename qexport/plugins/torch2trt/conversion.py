@@ -25,7 +25,7 @@ from qexport.plugins.torch2trt.interface import TRT_TENSOR, constant
 from qexport.plugins.torch2trt.provenance import FunctionWatch, OperatorWatch, Provenance, tensors_in, where
 from qexport.plugins.torch2trt.registration import Convert, Family, Operator
 from qexport.plugins.torch2trt.registry import CONVERT_CONSTANTS, NOT_TO_BE_TRUSTED, converters
-from qexport.runtimes.tensorrt_library import load_library, network_flags
+from qexport.runtimes.tensorrt_library import load_library, network_flags, start_builder
 
 GUIDE = "docs/plugins.md shows how to add a converter"
 _ABSENT = object()
@@ -74,7 +74,7 @@ def convert(
     torch2trt = import_torch2trt()
     trt = load_library().trt
     logger = logger if logger is not None else trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
+    builder = start_builder(trt, logger)
     network = builder.create_network(network_flags(trt))
     context = _context(torch2trt, module, network, builder, logger)
     run = Run(
