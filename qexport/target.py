@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
 from qexport.errors import QexportError, TargetUnavailable
 from qexport.target_options import TargetOptions, TensorrtOptions, Torch2trtOptions
+from qexport.versions import is_importable
 
 Ability = Literal["export", "run", "measure"]
 
@@ -37,7 +37,7 @@ class Target:
         return tuple(
             name.replace("|", " or ")
             for name in self.needs[ability]
-            if all(importlib.util.find_spec(one) is None for one in name.split("|"))
+            if not any(is_importable(one) for one in name.split("|"))
         )
 
     def require(self, ability: Ability) -> None:

@@ -1,8 +1,18 @@
-"""Versions of installed packages, without importing them."""
+"""Installed packages and their versions, without importing them."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+
+def is_importable(module: str) -> bool:
+    """Say whether a package can be imported, without importing it.
+
+    A folder of the name that holds no package is none: a run's own `tensorrt` or `onnx` in the current folder.
+    """
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +21,7 @@ from qexport.settings import RunRecord, Settings
 from qexport.subject import Subject
 from qexport.target import TARGETS, find_target
 from qexport.target_options import read_options, split_assignment
-from qexport.versions import package_versions
+from qexport.versions import is_importable, package_versions
 
 if TYPE_CHECKING:
     from qexport.quantization.reference import QuantizedDetector
@@ -122,7 +121,7 @@ def check_targets(targets: Sequence[str], *, whole_run: bool = False) -> None:
         target = find_target(name)
         target.require("export")
         target.require("measure")
-    missing = [name for name in _REPORT if importlib.util.find_spec(name) is None]
+    missing = [name for name in _REPORT if not is_importable(name)]
     if whole_run and missing:
         raise TargetUnavailable(
             f"accuracy and report need {', '.join(missing)}. Install: pip install 'qexport[all]'"
@@ -228,7 +227,7 @@ def _check(subject: Subject, progress: Progress, *, layers: bool = True) -> None
 
 
 def _require_torch() -> None:
-    missing = [name for name in _WORKSTATION if importlib.util.find_spec(name) is None]
+    missing = [name for name in _WORKSTATION if not is_importable(name)]
     if missing:
         raise TargetUnavailable(
             f"this command works on the float detector and needs {', '.join(missing)}. "

@@ -16,7 +16,7 @@ import msgspec
 from qexport.doctor.findings import Finding, Group
 from qexport.doctor.requirements import Ranges, normalise, parse_requirement
 from qexport.target import find_target
-from qexport.versions import package_versions
+from qexport.versions import is_importable, package_versions
 
 UNKNOWN = "of unknown version"
 
@@ -53,7 +53,7 @@ RTX_BINDINGS = Package("tensorrt_rtx_bindings", "TensorRT", ("tensorrt-rtx-cu13-
 
 def installed_version(package: Package) -> str | None:
     """Return the version of a package, without importing it; None where it cannot be imported."""
-    if importlib.util.find_spec(package.module) is None:
+    if not is_importable(package.module):
         return None
     return next(iter(package_versions(*package.names).values()), UNKNOWN)
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from qexport.errors import TargetUnavailable
+from qexport.versions import is_importable
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
 _RTX_BINDINGS, _RTX_LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
@@ -50,9 +51,9 @@ class TensorrtLibrary:
 
 def installed_flavour() -> str | None:
     """Return which TensorRT can be imported, without importing it; None where there is none."""
-    if importlib.util.find_spec("tensorrt") is not None:
+    if is_importable("tensorrt"):
         return CLASSIC
-    both = all(importlib.util.find_spec(name) is not None for name in (_RTX_BINDINGS, _RTX_LIBRARIES))
+    both = all(is_importable(name) for name in (_RTX_BINDINGS, _RTX_LIBRARIES))
     return RTX if both else None
 
 

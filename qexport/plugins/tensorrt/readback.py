@@ -10,11 +10,13 @@ from torch.fx import Node
 from qexport.artifact import LayerDecision
 from qexport.encodings import Encodings
 from qexport.errors import ExportError
+from qexport.layers import Kind
 from qexport.quantization.graph import IMAGE_KEY, argument_node, base_of, op_name
 from qexport.quantization.quantizer import SHAPE_ONLY, WEIGHTED
 from qexport.runtimes.tensorrt_layers import EngineLayer
 
 _INT8 = "Int8"
+_WEIGHTED_KINDS: tuple[Kind, ...] = ("convolution", "linear")
 _NUMBER = re.compile(r"_\d+$")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "conv2d": ("Conv", "conv2d"),
@@ -68,7 +70,8 @@ def read_back(
         for row in encodings.float_rows
         if row.op in WEIGHTED
         for layer in _own(engine, row.path, row.call, row.op)
-        if layer.inputs[:1] == (_INT8,)
+        # What is fused at run time may read int8 and cast it: a kernel of its own is what was seized.
+        if layer.kind in _WEIGHTED_KINDS and layer.inputs[:1] == (_INT8,)
         for name in layer.nodes[:1]
     ]
     if wrong or seized:
@@ -123,7 +126,7 @@ def _own(engine: tuple[EngineLayer, ...], path: str, call: int, op: str) -> list
         if not layer.is_reformat and any(_split(node) in wanted for node in layer.nodes)
     ]
     if op in WEIGHTED:  # the bias, the activation and the rounding may stand in a kernel of their own
-        return [layer for layer in own if layer.kind in ("convolution", "linear")] or own
+        return [layer for layer in own if layer.kind in _WEIGHTED_KINDS] or own
     return own
 
 

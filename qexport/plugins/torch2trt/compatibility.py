@@ -7,7 +7,6 @@ have any more. What is there is never replaced, and where nothing is missing not
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from qexport.errors import TargetUnavailable
 from qexport.runtimes.tensorrt_library import load_library
+from qexport.versions import is_importable
 
 REPOSITORY = "https://github.com/NVIDIA-AI-IOT/torch2trt"
 INSTALL = (
@@ -31,7 +31,7 @@ def import_torch2trt() -> Any:
     Raises:
         TargetUnavailable: torch2trt or TensorRT is not installed, or torch2trt cannot be imported.
     """
-    if importlib.util.find_spec("torch2trt") is None:
+    if not is_importable("torch2trt"):
         raise TargetUnavailable(f"torch2trt is not installed. {INSTALL}")
     trt = load_library().trt
     add_missing(trt)
