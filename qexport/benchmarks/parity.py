@@ -27,7 +27,7 @@ from qexport.errors import ParityError
 from qexport.layers import Layer
 from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.local import LocalReference, Recorder, proposals_node
-from qexport.quantization.reference import QuantizedDetector
+from qexport.quantization.reference import QuantizedDetector, without_quantizers
 from qexport.results import Gate, LayerParity, ParityReport, ParityStatus
 from qexport.runtimes.runner import Runner, input_of
 
@@ -60,7 +60,10 @@ def compare(
     Raises:
         ParityError: no frame was given, or not one layer could be compared.
     """
-    session = _Session(quantized, runner)
+    # The reference quantizes what the target does, neither more nor less.
+    session = _Session(
+        without_quantizers(quantized, [row.key for row in runner.artifact.unquantized]), runner
+    )
     images = 0
     for frame in frames:
         session.add(frame)
@@ -137,8 +140,7 @@ class _Session:
 
     def __init__(self, quantized: QuantizedDetector, runner: Runner) -> None:
         self._runner, self._quantized = runner, quantized
-        declared = [row.key for row in runner.artifact.unquantized]
-        self._local = LocalReference(quantized, declared)
+        self._local = LocalReference(quantized)
         self._sites = {site.key: site for site in runner.artifact.sites}
         self._tensors = [site.tensor for site in runner.artifact.sites]
         self._proposals_tensor = runner.artifact.float_sites[PROPOSALS]

@@ -47,7 +47,10 @@ def build(
         raise ArtifactError(f"{folder}: target {made.target} has no engines; it runs as it was exported.")
     roles = list(dict.fromkeys(precision or ["int8"]))
     for role in roles:
-        made.file(role)  # refused before anything is built
+        if not made.file(role).name.endswith((".onnx", ".network")):  # refused before anything is built
+            raise ArtifactError(
+                f"{folder}: {made.file(role).name} is no network; --precision takes int8, fp16 or fp32."
+            )
     library = load_library()
     files = {file.role: file.name for file in made.files}
     with screen.progress("build engines", len(roles)) as step:

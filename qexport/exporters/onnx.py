@@ -58,7 +58,7 @@ def export(
     del options
     example = quantized.static.example_input()
     base = export_base_graph(
-        quantized.graph, example, quantizers_in_order(quantized.graph, dict(quantized.quantize_nodes))
+        quantized.graph, example, quantizers_in_order(quantized.graph, quantized.quantize_nodes)
     )
     zero_point_0 = base.model.clone()
     channels_last = lower_for_integer_kernels(base.model)

@@ -27,9 +27,9 @@ from qexport.plugins.onnx.opset_17 import to_opset_17
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
 from qexport.plugins.onnx.split_average_pool import split_average_pools
 from qexport.plugins.tensorrt.readback import read_back
-from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
+from qexport.plugins.tensorrt.residual_fusion import FUSED, fused_residuals
 from qexport.quantization.graph import argument_node, scale_of
-from qexport.quantization.reference import QuantizedDetector
+from qexport.quantization.reference import QuantizedDetector, without_quantizers
 from qexport.runtimes import calibration_cache
 from qexport.runtimes.tensorrt_builder import build_from_file
 from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, load_library
@@ -70,8 +70,9 @@ def export(
     library = load_library()
     forms = choose_forms(library, options)
     example = quantized.static.example_input()
-    fused = fuse_residual_adds(quantized.graph, quantized.quantize_nodes)
-    base = export_base_graph(fused.graph, example, quantizers_in_order(fused.graph, fused.quantize_nodes))
+    fused = fused_residuals(quantized)
+    placed = without_quantizers(quantized, fused)
+    base = export_base_graph(placed.graph, example, quantizers_in_order(placed.graph, placed.quantize_nodes))
     if options.weights == "float":
         store_weights_as_float(base.model)
     lower(base.model, forms)
@@ -100,7 +101,7 @@ def export(
         sites=sites,
         float_sites={"proposals": str(base.proposals.name)},
         layers=layers,
-        unquantized=tuple(UnquantizedRow(key, FUSED) for key in fused.removed),
+        unquantized=tuple(UnquantizedRow(key, FUSED) for key in fused),
         rung="built",
     )
     save_artifact(artifact, folder)

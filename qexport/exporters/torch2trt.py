@@ -18,13 +18,13 @@ from qexport.detectors.static import StaticOutput
 from qexport.encodings import Encodings
 from qexport.files import sha256_json
 from qexport.plugins.tensorrt.readback import read_back
-from qexport.plugins.tensorrt.residual_fusion import FUSED, fuse_residual_adds
+from qexport.plugins.tensorrt.residual_fusion import FUSED, fused_residuals
 from qexport.plugins.torch2trt.conversion import convert
 from qexport.plugins.torch2trt.functions import TorchCalls
 from qexport.plugins.torch2trt.interface import TRT_TENSOR
 from qexport.quantization.graph import argument_node
 from qexport.quantization.local import proposals_node
-from qexport.quantization.reference import QuantizedDetector
+from qexport.quantization.reference import QuantizedDetector, without_quantizers
 from qexport.runtimes.tensorrt_builder import BuiltEngine, EngineBuilder, write_engine
 from qexport.runtimes.tensorrt_library import load_library
 from qexport.runtimes.tensorrt_network import Network, read_network, save_network
@@ -58,8 +58,9 @@ def export(
         UnsupportedOperator: an operator has no converter.
         ExportError: a layer that the encodings call quantized does not compute in int8.
     """
-    fused = fuse_residual_adds(quantized.graph, quantized.quantize_nodes)
-    network, built, tensors = _convert(fused.graph, quantized, folder, INT8, options)
+    fused = fused_residuals(quantized)
+    placed = without_quantizers(quantized, fused)
+    network, built, tensors = _convert(placed.graph, quantized, folder, INT8, options)
     library = network.described.library
     layers = read_back(built.layers, quantized.quantize_nodes, encodings, library=library)
     _convert(quantized.float_graph, quantized, folder, FP32, options)
@@ -81,10 +82,10 @@ def export(
         detections=quantized.static.detections,
         forms={"roi_align": "grid", "nms": "loop"},
         files=tuple(describe_file(folder, name, role) for role, name in FILE_NAMES.items()),
-        sites=_sites(fused.quantize_nodes, tensors, quantizers),
-        float_sites={"proposals": tensors[proposals_node(fused.graph).name]},
+        sites=_sites(placed.quantize_nodes, tensors, quantizers),
+        float_sites={"proposals": tensors[proposals_node(placed.graph).name]},
         layers=layers,
-        unquantized=tuple(UnquantizedRow(key, FUSED) for key in fused.removed),
+        unquantized=tuple(UnquantizedRow(key, FUSED) for key in fused),
         rung="built",
     )
     save_artifact(artifact, folder)

@@ -13,7 +13,7 @@ its window up one by one, and in float32 a longer sum is more than 1e-6 off.
 
 Of the forms that fit, `plan` takes the cheapest by this cost, in nanoseconds, summed over the layers that run:
 
-    pool       layer + outputs * volume * pool_read + outputs * pool_write + volume * pool_term
+    pool       layer + outputs * (volume * pool_read * (1 + volume / 256) + pool_write) + volume * pool_term
     reduction  layer + inputs * reduce_read + outputs * reduce_write + vectors * vector
     product    layer + (inputs + outputs) * move + multiply-adds * multiply + products * product + vectors * vector
     grouped    a product + 2 * reshape
@@ -52,7 +52,9 @@ class Costs:
     layer: float
     """To start a layer."""
     pool_read: float
-    """Each element of each window."""
+    """Each element of each window; up to twice as much in a long one, whose sum waits for itself."""
+    pool_read_apart: float
+    """The same in a window of one column, whose elements lie apart in memory."""
     pool_write: float
     """Each output of a pool."""
     pool_term: float
@@ -75,19 +77,19 @@ class Costs:
 
 
 ONNX_RUNTIME = Costs(
-    layer=1500, pool_read=0.1, pool_write=1.6, pool_term=0, reduce_read=0.065, reduce_write=3, move=0.05,
+    layer=1500, pool_read=0.1, pool_read_apart=0.15, pool_write=1.6, pool_term=0, reduce_read=0.065, reduce_write=3, move=0.05,
     multiply=0.015, product=90, vector=2.5, rows_together=False, reshape=1500,
-    largest_reduction=10_000,
+    largest_reduction=16_384,
 )  # fmt: skip
 """Fitted to ONNX Runtime 1.31 on one thread of an x86-64; longer reductions are also more than 1e-6 off there."""
 TORCH = Costs(
-    layer=2500, pool_read=0.25, pool_write=4.5, pool_term=0, reduce_read=0.045, reduce_write=3, move=0.17,
-    multiply=0.013, product=250, vector=0, rows_together=True, reshape=1500,
+    layer=3000, pool_read=0.25, pool_read_apart=0.7, pool_write=4.5, pool_term=0, reduce_read=0.045, reduce_write=3, move=0.17,
+    multiply=0.04, product=1000, vector=0, rows_together=True, reshape=2500,
     largest_reduction=2**62,
 )  # fmt: skip
 """Fitted to PyTorch 2.14 on one thread of an x86-64. Its mean sums in pairs, so it needs no stages."""
 TENSORRT = Costs(
-    layer=5000, pool_read=0.04, pool_write=0.04, pool_term=3, reduce_read=0.08, reduce_write=0.04, move=0.08,
+    layer=5000, pool_read=0.04, pool_read_apart=0.04, pool_write=0.04, pool_term=3, reduce_read=0.08, reduce_write=0.04, move=0.08,
     multiply=0.002, product=1, vector=0, rows_together=False, reshape=0,
     largest_reduction=WINDOW_LIMIT - 1,
 )  # fmt: skip
@@ -134,7 +136,8 @@ class Pool:
     def cost_ns(self, size: Pair, maps: int, costs: Costs) -> float:
         """Return the cost of this step on maps of a size."""
         outputs = maps * math.prod(self.output_size(size))
-        each = self.volume * costs.pool_read + costs.pool_write
+        read = costs.pool_read_apart if self.kernel[1] == 1 < self.kernel[0] else costs.pool_read
+        each = self.volume * read * (1 + self.volume / POOL_TERMS) + costs.pool_write
         return costs.layer + outputs * each + self.volume * costs.pool_term
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +18,12 @@ class LocalReference:
     """Answers for one quantized tensor: given the integers that a runtime fed to the layer, which came out?
 
     A disagreement of more than a step is then the runtime's or the lowering's, and belongs to this layer alone.
-
-    Args:
-        detector: the quantized reference.
-        unquantized: keys of tensors that the target does not quantize: they are computed, and stay float.
     """
 
-    def __init__(self, detector: QuantizedDetector, unquantized: Collection[str] = ()) -> None:
+    def __init__(self, detector: QuantizedDetector) -> None:
         self._graph = detector.graph
         self._nodes = detector.quantize_nodes
         self._key_of = {node.args[0]: key for key, node in detector.quantize_nodes.items()}
-        self._unquantized = frozenset(unquantized)
         self._proposals = proposals_node(detector.graph)
         self._constants: dict[Node, Tensor] = {}
 
@@ -56,24 +51,16 @@ class LocalReference:
         if node.op == "get_attr":
             return constant_of(self._graph, node)
         if is_dequantize(node):
-            values[node] = self._dequantized(node, values, codes, frame)
+            source = argument_node(node)
+            if not (is_quantize(source) and source.args[0] in self._key_of):
+                return self._constant(node)
+            stored = codes[self._key_of[source.args[0]]]
+            values[node] = node.target(stored, *node.args[1:])  # type: ignore[operator]
             return values[node]
         arguments = map_arg(node.args, lambda arg: self._value(arg, values, codes, frame))
         keywords = map_arg(node.kwargs, lambda arg: self._value(arg, values, codes, frame))
         values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
         return values[node]
-
-    def _dequantized(
-        self, node: Node, values: dict[Node, Any], codes: Mapping[str, Tensor], frame: Tensor
-    ) -> Any:
-        """Return the real values of the integers that the runtime had, or of a weight."""
-        source = argument_node(node)
-        if not (is_quantize(source) and source.args[0] in self._key_of):
-            return self._constant(node)
-        key = self._key_of[source.args[0]]
-        if key in self._unquantized:
-            return self._value(argument_node(source), values, codes, frame)
-        return node.target(codes[key], *node.args[1:])  # type: ignore[operator]
 
     def _constant(self, node: Node) -> Tensor:
         """Return a dequantized weight, computed once."""

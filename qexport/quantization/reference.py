@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from qexport.encodings import Encodings, QuantParams
 from qexport.errors import EncodingsError
 from qexport.quantization.fold import fold_batch_norm
 from qexport.quantization.graph import (
+    argument_node,
     base_of,
     constant_of,
     export_graph,
@@ -95,6 +96,30 @@ def quantize(static: StaticDetector, encodings: Encodings) -> QuantizedDetector:
             "They are of another detector, or of other --keep-float patterns: calibrate this one again."
         )
     return QuantizedDetector(folded, float_graph, converted, nodes)
+
+
+def without_quantizers(detector: QuantizedDetector, keys: Collection[str]) -> QuantizedDetector:
+    """Return a detector some of whose activations are left as they are computed; the one given stays as it is.
+
+    Args:
+        detector: to begin with.
+        keys: of the activations whose quantizers are taken out, such as a target declares.
+    """
+    if not keys:
+        return detector
+    graph = copy.deepcopy(detector.graph)
+    by_name = {node.name: node for node in graph.graph.nodes}
+    nodes = {key: by_name[node.name] for key, node in detector.quantize_nodes.items()}
+    taken = {argument_node(nodes[key]) for key in keys}
+    for quantizer in [node for node in graph.graph.nodes if is_quantize(node) and node.args[0] in taken]:
+        for dequantizer in list(quantizer.users):
+            dequantizer.replace_all_uses_with(argument_node(quantizer))
+            graph.graph.erase_node(dequantizer)
+        graph.graph.erase_node(quantizer)
+    graph.graph.lint()
+    graph.recompile()
+    left = {key: node for key, node in nodes.items() if key not in keys}
+    return QuantizedDetector(detector.static, detector.float_graph, graph, left)
 
 
 def _quantize_nodes(graph: GraphModule, keys: Mapping[str, str]) -> dict[str, Node]:

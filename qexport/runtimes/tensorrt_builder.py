@@ -32,14 +32,17 @@ _HINTS = (
     ("K exceeds the maximum value", f"TopK takes at most {MOST_TOPK}: lower rpn_pre_nms_top_n_test."),
     (
         "maxKernelDimsProduct",
-        f"a window of {LARGEST_WINDOW} positions or more: export again, qexport splits average pools.",
+        f"a window of {LARGEST_WINDOW} positions or more: export again, qexport splits average pools; make "
+        "another window smaller.",
     ),
     ("out of memory", "the device has too little memory: close what runs there, or lower workspace_mb."),
     ("OutOfMemory", "the device has too little memory: close what runs there, or lower workspace_mb."),
+    ("ROIAlign plugin", "this TensorRT has no such plugin: -O tensorrt.roi_align=grid needs none."),
+    ("NonMaxSuppression", "this TensorRT does not run its NMS layer: -O tensorrt.nms=loop needs none."),
     (
         "lugin",
-        "this TensorRT has no plugin for it: choose the plugin-free forms, -O tensorrt.roi_align=grid "
-        "-O tensorrt.nms=loop.",
+        "this TensorRT has neither a layer nor a plugin for it: replace it in the model. What qexport exports holds "
+        "none such.",
     ),
 )
 
@@ -91,7 +94,7 @@ class EngineBuilder:
 
         Raises:
             UnsupportedOperator: TensorRT lacks an operator, named with its module path.
-            ArtifactError: the file is cut off, or takes frames of a size that is not fixed.
+            ArtifactError: the file is missing or cut off, or takes frames of a size that is not fixed.
         """
         trt = self.library.trt
         if path.suffix != ".onnx":
@@ -99,10 +102,14 @@ class EngineBuilder:
             self._keep.append(saved)  # the network reads its arrays until it is built
             write_network(trt, self.network, saved)
             return self.network
+        if not path.is_file():
+            raise ArtifactError(f"{path}: no such file. Export again.")
         parser = trt.OnnxParser(self.network, self._logger)
         self._keep.append(parser)  # it owns the weights of the network
         if not parser.parse_from_file(str(path)):
             raise _parse_error(path, [parser.get_error(index) for index in range(parser.num_errors)])
+        if not self.network.num_outputs:  # TensorRT takes an empty file for an empty network
+            raise ArtifactError(f"{path}: holds no network. Cut off? Export again.")
         for index in range(self.network.num_inputs):
             tensor = self.network.get_input(index)
             if any(size < 0 for size in tensor.shape):

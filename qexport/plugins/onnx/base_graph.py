@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ def export_base_graph(
     return BaseGraph(model, by_key, roi_align.inputs[0])
 
 
-def quantizers_in_order(graph: GraphModule, keys: dict[str, Node]) -> list[tuple[str, float]]:
+def quantizers_in_order(graph: GraphModule, keys: Mapping[str, Node]) -> list[tuple[str, float]]:
     """Return key and scale of every quantize node of an activation, in the order of the graph."""
     key_of = {node.args[0]: key for key, node in keys.items()}
     return [

@@ -7,62 +7,34 @@ the encodings say, and the artifact lists it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from qexport.quantization.graph import argument_node, is_dequantize, is_quantize, op_name
+from qexport.quantization.reference import QuantizedDetector
 
 FUSED = "added inside the convolution's kernel, before its one rounding: the tensor never exists, and is more exact"
 """Why such a tensor is not quantized, for the artifact."""
 
 
-class FusedGraph(NamedTuple):
-    """A quantized graph as TensorRT is given it."""
-
-    graph: GraphModule
-    quantize_nodes: dict[str, Node]
-    """The quantize node of each activation that is left, by encodings key."""
-    removed: tuple[str, ...]
-    """Keys of the activations that are not quantized any more."""
-
-
-def fuse_residual_adds(graph: GraphModule, quantize_nodes: Mapping[str, Node]) -> FusedGraph:
-    """Take out the quantizer between a convolution and the add that follows it; one branch of each add.
+def fused_residuals(quantized: QuantizedDetector) -> tuple[str, ...]:
+    """Return the encodings keys of convolutions that the add after them takes into their kernel; one of each add.
 
     Of two convolutions that meet in an add, the later one runs it; the other is quantized as before.
-
-    Args:
-        graph: of the quantized reference; it stays as it is.
-        quantize_nodes: quantize node of each activation, by encodings key.
     """
-    fused = copy.deepcopy(graph)
-    order = {node: index for index, node in enumerate(fused.graph.nodes)}
-    by_name = {node.name: node for node in order}
-    left = {key: by_name[node.name] for key, node in quantize_nodes.items()}
-    removed: list[str] = []
-    for add in [node for node in order if op_name(node) == "add"]:
-        branches = [
-            (order[chain[0]], index, chain)
-            for index, value in enumerate(add.args[:2])
-            if (chain := _convolution_behind(value)) is not None
-        ]
-        if not branches:
-            continue
-        _, index, (convolution, quantizer, dequantizer) = max(branches, key=lambda branch: branch[0])
-        add.update_arg(index, convolution)
-        fused.graph.erase_node(dequantizer)
-        fused.graph.erase_node(quantizer)
-        removed += [key for key, node in left.items() if node is quantizer]
-    fused.graph.lint()
-    fused.recompile()
-    return FusedGraph(fused, {key: node for key, node in left.items() if key not in removed}, tuple(removed))
+    nodes = list(quantized.graph.graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    key_of = {node: key for key, node in quantized.quantize_nodes.items()}
+    found = []
+    for add in [node for node in nodes if op_name(node) == "add"]:
+        quantizers = [_quantizer_behind(value) for value in add.args[:2]]
+        behind = [node for node in quantizers if node in key_of]
+        if behind:
+            found.append(key_of[max(behind, key=lambda node: order[argument_node(node)])])
+    return tuple(found)
 
 
-def _convolution_behind(value: object) -> tuple[Node, Node, Node] | None:
-    """Return convolution, quantizer and dequantizer that end in `value` alone; None for anything else."""
+def _quantizer_behind(value: object) -> Node | None:
+    """Return the quantizer of the convolution that ends in `value` alone; None for anything else."""
     if not (isinstance(value, Node) and is_dequantize(value)):
         return None
     quantizer = argument_node(value)
@@ -71,5 +43,4 @@ def _convolution_behind(value: object) -> tuple[Node, Node, Node] | None:
     convolution = argument_node(quantizer)
     if op_name(convolution) != "conv2d" or not is_dequantize(argument_node(convolution)):
         return None
-    chain = (convolution, quantizer, value)
-    return chain if all(len(node.users) == 1 for node in chain) else None
+    return quantizer if all(len(node.users) == 1 for node in (convolution, quantizer, value)) else None
