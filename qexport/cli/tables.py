@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from qexport.devices import has_device
 from qexport.engines import FOLDER, load_engines
 from qexport.errors import GateFailed
 from qexport.layers import STAGES, DetectorReport
@@ -202,7 +204,12 @@ def target_option_table() -> Table:
 
 def _ability(target: Target, ability: Ability) -> str:
     missing = target.missing(ability)
-    return f"no {', '.join(missing)}: {target.install_command(ability)}" if missing else "yes"
+    if missing:
+        # Brackets are the extras of a package, not rich's markup.
+        return escape(f"no {', '.join(missing)}: {target.install_command(ability)}")
+    if ability == "run" and not has_device(target.name):
+        return "no device here"
+    return "yes"
 
 
 def _accuracy(report: AccuracyReport | None, subject: str) -> Accuracy | None:
