@@ -152,6 +152,26 @@ def demo_artifact(demo_export: tuple[Artifact, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_export(
+    demo: LoadedDetector,
+    demo_quantized: QuantizedDetector,
+    demo_encodings: Encodings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Artifact, Path]:
+    """The TensorRT artifact, its engines and their folder; a test that edits files copies the folder first."""
+    from qexport.runtimes.tensorrt_library import RTX, installed_flavour
+
+    if installed_flavour() != RTX:
+        pytest.skip("no builder that works without a GPU: pip install 'qexport[tensorrt-cpu]'")
+    from qexport.exporters.tensorrt import export
+    from qexport.target_options import TensorrtOptions
+
+    folder = tmp_path_factory.mktemp("tensorrt-artifact")
+    artifact = export(demo_quantized, demo_encodings, folder, labels=demo.labels, options=TensorrtOptions())
+    return artifact, folder
+
+
+@pytest.fixture(scope="session")
 def bccd() -> Bccd:
     """The real detector and data set, which are not part of the repository."""
     from qexport.detectors.load import load_detector

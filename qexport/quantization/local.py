@@ -32,7 +32,8 @@ class LocalReference:
 
         Args:
             key: of the tensor that is asked for.
-            codes: int8, by key, as the runtime computed them: what it fed to the layer is among them.
+            codes: int8, by key, as the runtime computed them. What it fed to the layer is among them; a tensor that
+                is not to be had is computed from those before it.
             frame: the artifact's input.
             proposals: (R, 4) float32, as the runtime computed them.
         """
@@ -54,7 +55,8 @@ class LocalReference:
             source = argument_node(node)
             if not (is_quantize(source) and source.args[0] in self._key_of):
                 return self._constant(node)
-            stored = codes[self._key_of[source.args[0]]]
+            key = self._key_of[source.args[0]]
+            stored = codes[key] if key in codes else self._value(source, values, codes, frame)
             values[node] = node.target(stored, *node.args[1:])  # type: ignore[operator]
             return values[node]
         arguments = map_arg(node.args, lambda arg: self._value(arg, values, codes, frame))

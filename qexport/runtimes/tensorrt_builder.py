@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ class EngineBuilder:
             raise ExportError(_refusal(self.library, self.errors()))
         data = bytes(serialized)
         if timings is not None and cache is not None:
-            write_bytes(cache, bytes(timings.serialize()))
+            with _deprecations_ignored():
+                kept = bytes(timings.serialize())
+            write_bytes(cache, kept)
         return BuiltEngine(data, self._layers(data), round(seconds, 3))
 
     def errors(self) -> list[str]:
@@ -200,9 +203,7 @@ class EngineBuilder:
     def _take_timings(self, config: Any, cache: Path | None) -> Any:
         if cache is None or not hasattr(config, "create_timing_cache"):
             return None
-        with warnings.catch_warnings():
-            # TensorRT for RTX has the calls, does nothing in them, and says that they are deprecated.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with _deprecations_ignored():
             timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
             # One of another TensorRT or GPU is not taken, and begun anew.
             if timings is None or not config.set_timing_cache(timings, False):
@@ -313,6 +314,14 @@ def _is_strongly_typed(trt: Any, network: Any) -> bool:
     return not hasattr(trt.BuilderFlag, "INT8") or (
         hasattr(flags, "STRONGLY_TYPED") and network.get_flag(flags.STRONGLY_TYPED)
     )
+
+
+@contextmanager
+def _deprecations_ignored() -> Iterator[None]:
+    """TensorRT for RTX has the calls of a timing cache, does nothing in them, and says that they are deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def _collecting_logger(trt: Any, messages: list[tuple[Any, str]]) -> Any:
