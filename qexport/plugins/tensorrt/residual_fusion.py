@@ -41,6 +41,6 @@ def _quantizer_behind(value: object) -> Node | None:
     if not is_quantize(quantizer):
         return None
     convolution = argument_node(quantizer)
-    if op_name(convolution) != "conv2d" or not is_dequantize(argument_node(convolution)):
-        return None
+    if op_name(convolution) != "conv2d" or not all(is_dequantize(one) for one in convolution.args[:2]):
+        return None  # a convolution that is kept in float has no int8 kernel to take the add into
     return quantizer if all(len(node.users) == 1 for node in (convolution, quantizer, value)) else None
