@@ -1,8 +1,7 @@
 """Which module a kernel of ONNX Runtime belongs to, and what kind of work it is.
 
 The exporter names nodes `PATH[@CALL]/Operator`. ONNX Runtime fuses nodes, adds to their names, and inserts
-nodes of its own without a path; the graph that it really runs says where those belong. Reading it needs the
-onnx package, which a board need not have.
+nodes of its own without a path; the graph that it really runs says where those belong.
 """
 
 from __future__ import annotations
@@ -11,19 +10,15 @@ import json
 import re
 import tempfile
 from collections.abc import Collection, Iterable
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qexport.layers import Kind
+from qexport.runtimes.onnx_model import Node, chain_of, read_nodes
 from qexport.runtimes.onnx_session import make_session
 from qexport.runtimes.runner import NOWHERE
-
-if TYPE_CHECKING:
-    import onnx
 
 _CHAIN, _CHAIN_RUNS = 200, 40
 
@@ -78,19 +73,16 @@ def kernel_owners(model: Path, rows: Collection[str] | None = None) -> dict[str,
     Raises:
         ArtifactError: ONNX Runtime does not accept the file.
     """
-    import onnx  # noqa: PLC0415 - the workstation has it
-
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         make_session(model, optimized=written)
-        optimized = onnx.load(written, load_external_data=False)
-    original = onnx.load(model, load_external_data=False)
-    return assign_paths(original.graph.node, optimized.graph.node, rows)
+        optimized = read_nodes(written.read_bytes())
+    return assign_paths(read_nodes(model.read_bytes()), optimized, rows)
 
 
 def assign_paths(
-    original: Iterable[onnx.NodeProto],
-    optimized: Iterable[onnx.NodeProto],
+    original: Iterable[Node],
+    optimized: Iterable[Node],
     rows: Collection[str] | None = None,
 ) -> dict[str, str]:
     """Return the module path of every optimised node, by its name.
@@ -127,17 +119,10 @@ def time_between_kernels_ms(threads: int) -> float:
     Args:
         threads: threads within an operator.
     """
-    from onnx import TensorProto, helper  # noqa: PLC0415 - the workstation has it
-
-    names = [f"v{number}" for number in range(_CHAIN + 1)]
-    nodes = [helper.make_node("Sin", [before], [after]) for before, after in pairwise(names)]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in (names[0], names[-1])]
-    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     with tempfile.TemporaryDirectory() as folder:
-        session = make_session(model.SerializeToString(), threads=threads, profile=Path(folder) / "chain")
+        session = make_session(chain_of("Sin", _CHAIN), threads=threads, profile=Path(folder) / "chain")
         for _ in range(_CHAIN_RUNS):
-            session.run(None, {names[0]: np.zeros(1, np.float32)})
+            session.run(None, {"v0": np.zeros(1, np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
     wholes = [float(event["dur"]) for event in events if event["name"] == "model_run"]
     kernels = [float(event["dur"]) for event in events if event["name"].endswith("_kernel_time")]
@@ -157,7 +142,7 @@ def _site(name: str) -> str:
 
 
 def _before_activation(
-    node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], rows: Collection[str] | None, *, fused: bool
+    node: Node, makers: dict[str, Node], rows: Collection[str] | None, *, fused: bool
 ) -> str:
     """Return a node's path, or, for an activation that was fused or has no row, that of what it acts on."""
     path = path_of(node.name)
@@ -169,7 +154,7 @@ def _before_activation(
     return path
 
 
-def _assign_inserted(nodes: list[onnx.NodeProto], owners: dict[str, str]) -> None:
+def _assign_inserted(nodes: list[Node], owners: dict[str, str]) -> None:
     """Give nodes that ONNX Runtime inserted to their first input's producer, else to their consumer."""
     makers = {output: node.name for node in nodes for output in node.output}
     users = {value: node.name for node in reversed(nodes) for value in node.input if value}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexport.errors import ArtifactError, TargetUnavailable
+from qexport.runtimes.onnx_model import add_outputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,13 +53,9 @@ def make_session(
 
 
 def with_outputs(path: Path, tensors: Sequence[str]) -> bytes:
-    """Return the model with more outputs, serialized. Needs the onnx package: this is for the workstation."""
-    import onnx  # noqa: PLC0415 - the workstation has it, a board need not
+    """Return the model with more outputs, serialized.
 
-    model = onnx.load(path)
-    present = {output.name for output in model.graph.output}
-    for name in tensors:
-        if name not in present:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    data: bytes = model.SerializeToString()
-    return data
+    Raises:
+        ArtifactError: the file is cut off.
+    """
+    return add_outputs(path.read_bytes(), tensors)
