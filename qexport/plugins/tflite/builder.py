@@ -1,0 +1,442 @@
+"""Write TFLite operators: the back end of `Operations`, and what the lowerings of layers need besides.
+
+Integers are int32 throughout. Maps that a lowering hands over are channels last, as every TFLite kernel takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import ArrayLike, NDArray
+
+from qexport.errors import UnsupportedOperator
+from qexport.plugins.operations import Dtype, Operations, Shared
+from qexport.plugins.tflite.writer import ModelWriter, Value
+
+TURNS = 16
+"""Of a loop that is written out: the longest chain of suppressions that portable NMS follows."""
+ACTIVATIONS = {
+    "": schema.ActivationFunctionType.NONE,
+    "relu": schema.ActivationFunctionType.RELU,
+    "relu6": schema.ActivationFunctionType.RELU6,
+}
+
+
+class TfliteBuilder:
+    """Adds operators to a model; each method returns its result."""
+
+    def __init__(self, writer: ModelWriter) -> None:
+        self.writer = writer
+
+    def op(
+        self,
+        code: str,
+        inputs: Sequence[Value | None],
+        shape: Sequence[int],
+        dtype: str,
+        *,
+        scale: float | None = None,
+        options: str = "",
+        name: str = "",
+        version: int = 1,
+        settings: Mapping[str, object] | None = None,
+    ) -> Value:
+        """Add an operator with one result.
+
+        Args:
+            code: `CONV_2D`.
+            inputs: in the operator's order.
+            shape: of the result.
+            dtype: of the result.
+            scale: of int8 results.
+            options: name of its table of options.
+            name: of the result; by default after the operator.
+            version: of the operator.
+            settings: fields of the table of options.
+        """
+        own = name or f"{self.writer.place or 'detector'}/{code}"
+        result = self.writer.tensor(shape, dtype, name=own, scales=() if scale is None else (scale,))
+        self.writer.operator(code, inputs, [result], options=options, settings=settings, version=version)
+        return result
+
+    def constant(self, value: ArrayLike, dtype: Dtype) -> Value:
+        """Return a constant; int64 becomes int32."""
+        wanted = np.int32 if np.dtype(dtype) == np.int64 else dtype
+        return self.writer.constant(np.asarray(value, wanted))
+
+    def integers(self, *numbers: int) -> Shared[Value]:
+        """Return integers for several operations to take."""
+        return Shared(numbers)
+
+    def scalar(self, number: float, like: Value) -> Value:
+        """Return a number in the type of another value."""
+        return self.writer.constant(np.asarray(number, like.dtype))
+
+    # Arithmetic
+
+    def add(self, first: Value, second: Value) -> Value:
+        """Return the sum."""
+        return self._binary("ADD", first, second, options="AddOptions")
+
+    def sub(self, first: Value, second: Value) -> Value:
+        """Return the difference."""
+        return self._binary("SUB", first, second, options="SubOptions")
+
+    def mul(self, first: Value, second: Value) -> Value:
+        """Return the product."""
+        return self._binary("MUL", first, second, options="MulOptions")
+
+    def div(self, first: Value, second: Value) -> Value:
+        """Return the quotient."""
+        return self._binary("DIV", first, second, options="DivOptions")
+
+    def minimum(self, first: Value, second: Value) -> Value:
+        """Return the smaller of each pair."""
+        return self._binary("MINIMUM", first, second, options="MaximumMinimumOptions")
+
+    def maximum(self, first: Value, second: Value) -> Value:
+        """Return the larger of each pair."""
+        return self._binary("MAXIMUM", first, second, options="MaximumMinimumOptions")
+
+    def remainder(self, first: Value, second: Value) -> Value:
+        """Return the remainder, of the divisor's sign."""
+        return self._binary("FLOOR_MOD", first, second, options="FloorModOptions")
+
+    def clip(self, value: Value, low: float | None, high: float | None) -> Value:
+        """Return the value, at least `low` and at most `high`."""
+        if low is not None:
+            value = self.maximum(value, self.scalar(low, value))
+        return value if high is None else self.minimum(value, self.scalar(high, value))
+
+    def unary(self, code: str, value: Value, *, options: str = "") -> Value:
+        """Return a function of each element, of the same type."""
+        return self.op(code, [value], value.shape, value.dtype, options=options)
+
+    def floor(self, value: Value) -> Value:
+        """Return the largest integer that is not above."""
+        return self.unary("FLOOR", value)
+
+    def log(self, value: Value) -> Value:
+        """Return the natural logarithm, minus infinity of zero."""
+        return self.unary("LOG", value)
+
+    def sqrt(self, value: Value) -> Value:
+        """Return the square root."""
+        return self.unary("SQRT", value)
+
+    def exp(self, value: Value) -> Value:
+        """Return e to the power of each element."""
+        return self.unary("EXP", value, options="ExpOptions")
+
+    def absolute(self, value: Value) -> Value:
+        """Return the magnitude."""
+        return self.unary("ABS", value, options="AbsOptions")
+
+    def softmax(self, value: Value) -> Value:
+        """Return the softmax over the last axis."""
+        return self.op(
+            "SOFTMAX", [value], value.shape, value.dtype, options="SoftmaxOptions", settings={"beta": 1.0}
+        )
+
+    # Comparisons
+
+    def equal(self, first: Value, second: Value) -> Value:
+        """Return where they are equal, bool."""
+        return self._binary("EQUAL", first, second, "bool", options="EqualOptions")
+
+    def greater(self, first: Value, second: Value) -> Value:
+        """Return where the first is greater, bool."""
+        return self._binary("GREATER", first, second, "bool", options="GreaterOptions")
+
+    def greater_or_equal(self, first: Value, second: Value) -> Value:
+        """Return where the first is not less, bool."""
+        return self._binary("GREATER_EQUAL", first, second, "bool", options="GreaterEqualOptions")
+
+    def less(self, first: Value, second: Value) -> Value:
+        """Return where the first is less, bool."""
+        return self._binary("LESS", first, second, "bool", options="LessOptions")
+
+    def less_or_equal(self, first: Value, second: Value) -> Value:
+        """Return where the first is not greater, bool."""
+        return self._binary("LESS_EQUAL", first, second, "bool", options="LessEqualOptions")
+
+    def logical_and(self, first: Value, second: Value) -> Value:
+        """Return where both hold, bool."""
+        return self._binary("LOGICAL_AND", first, second, options="LogicalAndOptions")
+
+    def logical_or(self, first: Value, second: Value) -> Value:
+        """Return where one holds, bool."""
+        return self._binary("LOGICAL_OR", first, second, options="LogicalOrOptions")
+
+    def logical_not(self, value: Value) -> Value:
+        """Return where it does not hold, bool."""
+        return self.unary("LOGICAL_NOT", value, options="LogicalNotOptions")
+
+    def where(self, condition: Value, first: Value, second: Value) -> Value:
+        """Return the first where the condition holds, else the second."""
+        shape = np.broadcast_shapes(condition.shape, first.shape, second.shape)
+        return self.op("SELECT_V2", [condition, first, second], shape, first.dtype, options="SelectV2Options")
+
+    # Shapes
+
+    def cast(self, value: Value, dtype: Dtype) -> Value:
+        """Return the value in another type; int64 becomes int32."""
+        name = "int32" if np.dtype(dtype) == np.int64 else np.dtype(dtype).name
+        if name == value.dtype:
+            return value
+        return self.op("CAST", [value], value.shape, name, options="CastOptions")
+
+    def gather(self, value: Value, index: Value, axis: int | None = None) -> Value:
+        """Return entries of an axis, of the first where none is named; a scalar index drops the axis."""
+        at = (axis or 0) % len(value.shape)
+        shape = (*value.shape[:at], *index.shape, *value.shape[at + 1 :])
+        return self.op(
+            "GATHER",
+            [value, index],
+            shape,
+            value.dtype,
+            scale=value.scale,
+            options="GatherOptions",
+            settings={"axis": at},
+        )
+
+    def slice(
+        self,
+        value: Value,
+        starts: Sequence[int] | Shared[Value],
+        ends: Sequence[int] | Shared[Value],
+        axes: Sequence[int] | Shared[Value],
+        steps: Sequence[int] | None = None,
+    ) -> Value:
+        """Return a range of each of the axes; an end may lie beyond."""
+        begin, end, stride = [0] * len(value.shape), list(value.shape), [1] * len(value.shape)
+        given = _numbers(axes)
+        ranges = zip(given, _numbers(starts), _numbers(ends), steps or [1] * len(given), strict=True)
+        for axis, first, last, step in ranges:
+            begin[axis], end[axis], _ = slice(first, last).indices(value.shape[axis])
+            stride[axis] = step
+        shape = [max(0, -(-(e - b) // s)) for b, e, s in zip(begin, end, stride, strict=True)]
+        if tuple(shape) == value.shape:
+            return value
+        taken = [self.writer.constant(np.asarray(each, np.int32)) for each in (begin, end, stride)]
+        return self.op(
+            "STRIDED_SLICE",
+            [value, *taken],
+            shape,
+            value.dtype,
+            scale=value.scale,
+            options="StridedSliceOptions",
+        )
+
+    def select(self, value: Value, axis: int, index: int) -> Value:
+        """Return one entry of an axis, which is dropped."""
+        axis %= len(value.shape)
+        index %= value.shape[axis]
+        part = self.slice(value, [index], [index + 1], [axis])
+        return self.reshape(part, [size for place, size in enumerate(part.shape) if place != axis])
+
+    def concat(self, values: Sequence[Value], axis: int) -> Value:
+        """Return the values one after another along an axis."""
+        first = values[0]
+        axis %= len(first.shape)
+        shape = list(first.shape)
+        shape[axis] = sum(value.shape[axis] for value in values)
+        return self.op(
+            "CONCATENATION",
+            values,
+            shape,
+            first.dtype,
+            scale=first.scale,
+            options="ConcatenationOptions",
+            settings={"axis": axis},
+        )
+
+    def reshape(
+        self, value: Value, shape: Sequence[int] | Shared[Value], *, scale: float | None = None
+    ) -> Value:
+        """Return the elements in another shape, of which one size may be -1; int8 codes may be given another scale."""
+        sizes = list(_numbers(shape))
+        if -1 in sizes:
+            known = int(np.prod([size for size in sizes if size != -1]))
+            sizes[sizes.index(-1)] = int(np.prod(value.shape)) // max(known, 1)
+        if tuple(sizes) == value.shape and scale is None:
+            return value
+        stored = self.writer.constant(np.asarray(sizes, np.int32))
+        return self.op(
+            "RESHAPE",
+            [value, stored],
+            sizes,
+            value.dtype,
+            scale=value.scale if scale is None else scale,
+            options="ReshapeOptions",
+            settings={"newShape": sizes},
+        )
+
+    def unsqueeze(self, value: Value, axes: Sequence[int] | Shared[Value]) -> Value:
+        """Return the value with axes of length 1 put in."""
+        shape = list(value.shape)
+        rank = len(shape) + len(_numbers(axes))
+        for axis in sorted(number % rank for number in _numbers(axes)):
+            shape.insert(axis, 1)
+        return self.reshape(value, shape)
+
+    def squeeze(self, value: Value, axes: Sequence[int] | Shared[Value]) -> Value:
+        """Return the value without axes of length 1."""
+        dropped = {axis % len(value.shape) for axis in _numbers(axes)}
+        return self.reshape(value, [size for axis, size in enumerate(value.shape) if axis not in dropped])
+
+    def transpose(self, value: Value, order: Sequence[int]) -> Value:
+        """Return the axes in another order."""
+        moved = [axis for axis in order if value.shape[axis] != 1]
+        shape = [value.shape[axis] for axis in order]
+        if moved == sorted(moved):  # only axes of length 1 change places
+            return self.reshape(value, shape)
+        stored = self.writer.constant(np.asarray(order, np.int32))
+        return self.op(
+            "TRANSPOSE", [value, stored], shape, value.dtype, scale=value.scale, options="TransposeOptions"
+        )
+
+    def expand(self, value: Value, shape: Sequence[int] | Shared[Value]) -> Value:
+        """Return the value repeated along its axes of length 1."""
+        sizes = list(_numbers(shape))
+        if tuple(sizes) == value.shape:
+            return value
+        stored = self.writer.constant(np.asarray(sizes, np.int32))
+        return self.op(
+            "BROADCAST_TO", [value, stored], sizes, value.dtype, options="BroadcastToOptions", version=2
+        )
+
+    def stack(self, values: Sequence[Value], axis: int) -> Value:
+        """Return the values side by side along a new axis."""
+        rank = len(values[0].shape) + 1
+        return self.concat([self.unsqueeze(value, [axis % rank]) for value in values], axis % rank)
+
+    def pad(
+        self,
+        value: Value,
+        counts: Sequence[int] | Shared[Value],
+        *,
+        edge: bool = False,
+        number: float = 0.0,
+    ) -> Value:
+        """Return a larger tensor, of zeros beyond or of another number."""
+        if edge:
+            raise UnsupportedOperator("TFLite pads with numbers alone, not with the last entry.")
+        given, rank = _numbers(counts), len(value.shape)
+        before, after = given[:rank], given[rank:]
+        if not any(given):
+            return value
+        shape = [b + size + a for b, size, a in zip(before, value.shape, after, strict=True)]
+        stored = self.writer.constant(np.stack([before, after], 1).astype(np.int32))
+        if number == 0:
+            return self.op(
+                "PAD", [value, stored], shape, value.dtype, scale=value.scale, options="PadOptions"
+            )
+        own = (value.scale,) if value.scale is not None else ()
+        filler = self.writer.constant(np.asarray(number, value.dtype), scales=own)
+        return self.op(
+            "PADV2", [value, stored, filler], shape, value.dtype, scale=value.scale, options="PadV2Options"
+        )
+
+    # Reductions and products
+
+    def reduce(self, code: str, value: Value, axes: Sequence[int], *, keep: bool) -> Value:
+        """Return a reduction over axes."""
+        over = {axis % len(value.shape) for axis in axes}
+        kept = [1 if axis in over else size for axis, size in enumerate(value.shape)]
+        shape = kept if keep else [size for axis, size in enumerate(value.shape) if axis not in over]
+        stored = self.writer.constant(np.asarray(sorted(over), np.int32))
+        return self.op(
+            code, [value, stored], shape, value.dtype, options="ReducerOptions", settings={"keepDims": keep}
+        )
+
+    def reduce_mean(self, value: Value, axes: Sequence[int] | Shared[Value]) -> Value:
+        """Return the mean over axes, which stay as length 1."""
+        return self.reduce("MEAN", value, _numbers(axes), keep=True)
+
+    def largest(self, value: Value) -> Value:
+        """Return the largest element, a scalar."""
+        return self.reduce("REDUCE_MAX", value, range(len(value.shape)), keep=False)
+
+    def matmul(self, first: Value, second: Value) -> Value:
+        """Return the matrix product of the last two axes."""
+        batch = np.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+        shape = (*batch, first.shape[-2], second.shape[-1])
+        return self.op("BATCH_MATMUL", [first, second], shape, first.dtype, options="BatchMatMulOptions")
+
+    def average_pool(self, value: Value, window: Sequence[int], stride: Sequence[int]) -> Value:
+        """Return the average of each window of a (N, H, W, C) map."""
+        return self._pool("AVERAGE_POOL_2D", value, window, stride)
+
+    def max_pool(self, value: Value, window: Sequence[int], stride: Sequence[int]) -> Value:
+        """Return the largest of each window of a (N, H, W, C) map."""
+        return self._pool("MAX_POOL_2D", value, window, stride)
+
+    def grid_sample(self, value: Value, grid: Value) -> Value:
+        """Refuse: TFLite has no such operator."""
+        del value, grid
+        raise UnsupportedOperator("TFLite has no operator that samples a map at given positions.")
+
+    def repeat(
+        self,
+        start: Value,
+        turn: Callable[[Operations[Value], Value], tuple[Value, Value]],
+        most: int,
+        *,
+        name: str,
+    ) -> Value:
+        """Take a fixed number of turns, `TURNS` at most: loops are subgraphs of their own, which no delegate runs."""
+        del name
+        value = start
+        for _ in range(min(most, TURNS)):
+            _, value = turn(self, value)
+        return value
+
+    # Integers
+
+    def quantize(self, value: Value, scale: float) -> Value:
+        """Return int8 codes of real values."""
+        return self.op("QUANTIZE", [value], value.shape, "int8", scale=scale, options="QuantizeOptions")
+
+    def dequantize(self, value: Value) -> Value:
+        """Return the real values of int8 codes."""
+        return self.op("DEQUANTIZE", [value], value.shape, "float32", options="DequantizeOptions", version=2)
+
+    def weights(self, array: NDArray[np.generic], scales: Sequence[float], axis: int) -> Value:
+        """Return integers with a scale for each entry of an axis."""
+        return self.writer.constant(array, name="weight", scales=scales, axis=axis)
+
+    def _binary(self, code: str, first: Value, second: Value, dtype: str = "", *, options: str) -> Value:
+        shape = np.broadcast_shapes(first.shape, second.shape)
+        return self.op(code, [first, second], shape, dtype or first.dtype, options=options)
+
+    def _pool(self, code: str, value: Value, window: Sequence[int], stride: Sequence[int]) -> Value:
+        batch, height, width, channels = value.shape
+        shape = (
+            batch,
+            (height - window[0]) // stride[0] + 1,
+            (width - window[1]) // stride[1] + 1,
+            channels,
+        )
+        return self.op(
+            code,
+            [value],
+            shape,
+            value.dtype,
+            scale=value.scale,
+            options="Pool2DOptions",
+            version=2 if value.dtype == "int8" else 1,
+            settings={
+                "padding": schema.Padding.VALID,
+                "filterHeight": window[0],
+                "filterWidth": window[1],
+                "strideH": stride[0],
+                "strideW": stride[1],
+            },
+        )
+
+
+def _numbers(given: Sequence[int] | Shared[Value]) -> tuple[int, ...]:
+    return given.numbers if isinstance(given, Shared) else tuple(int(number) for number in given)

@@ -1,0 +1,83 @@
+"""Average pools over windows and over whole maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from torch.fx import Node
+
+from qexport.errors import UnsupportedOperator
+from qexport.plugins.tflite.held import Held, as_map
+from qexport.plugins.tflite.lowering import Lowering
+from qexport.quantization.graph import argument_node, op_name, site_of
+
+
+def integer(lowering: Lowering, node: Node, activation: str, scale: float) -> Held | None:
+    """Write the mean of whole maps of int8 codes; None for another pool."""
+    quantizer = lowering.quantizer_behind(node.args[0])
+    if activation or quantizer is None or not _is_global(node):
+        return None
+    source = lowering.codes(quantizer)
+    lowering.go_to(node)
+    value = as_map(lowering.build, source)
+    shape = (value.shape[0], 1, 1, value.shape[3])
+    axes = lowering.build.constant([1, 2], np.int32)
+    made = lowering.build.op(
+        "MEAN",
+        [value, axes],
+        shape,
+        "int8",
+        scale=scale,
+        options="ReducerOptions",
+        version=2,
+        settings={"keepDims": True},
+    )
+    return _result(lowering, node, Held.map(made))
+
+
+def real(lowering: Lowering, node: Node) -> Held:
+    """Write an average in float32.
+
+    Raises:
+        UnsupportedOperator: windows of several sizes.
+    """
+    source = lowering.real(argument_node(node))
+    value = as_map(lowering.build, source)
+    if _is_global(node):
+        return _result(lowering, node, Held.map(lowering.build.reduce_mean(value, [1, 2])))
+    window, stride = _windows(node, value.shape[1:3])
+    return Held.map(lowering.build.average_pool(value, window, stride))
+
+
+def _is_global(node: Node) -> bool:
+    source = argument_node(node).meta["val"].shape
+    result = node.meta["val"].shape
+    return len(source) == 4 and math.prod(result[2:]) == 1
+
+
+def _result(lowering: Lowering, node: Node, held: Held) -> Held:
+    """Return a mean without the axes that it was taken over, where the graph drops them."""
+    shape = tuple(node.meta["val"].shape)
+    return held if len(shape) == 4 else Held.plain(lowering.build.reshape(held.value, shape))
+
+
+def _windows(node: Node, size: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+    if op_name(node) == "adaptive_avg_pool2d":
+        result = tuple(node.meta["val"].shape[2:])
+        if all(length % count == 0 for length, count in zip(size, result, strict=True)):
+            window = (size[0] // result[0], size[1] // result[1])
+            return window, window
+        raise UnsupportedOperator(
+            f"adaptive average pool {site_of(node).path}: {size[0]}x{size[1]} to {result[0]}x{result[1]} has windows "
+            "of several sizes. Replace it by qexport.plugins.adaptive_avg_pool_module.SplitAdaptiveAvgPool2d."
+        )
+    given: Any = node.args
+    window = (int(given[1][0]), int(given[1][-1]))
+    stride = (int(given[2][0]), int(given[2][-1])) if len(given) > 2 and given[2] else window
+    if len(given) > 3 and any(given[3]):
+        raise UnsupportedOperator(
+            f"average pool {site_of(node).path} pads: TFLite would leave the padding out."
+        )
+    return window, stride
