@@ -223,7 +223,11 @@ def _gather(layer: NetworkLayer, inputs: Inputs, own: Own) -> Tensor:
     x, index, axis = inputs[0], inputs[1].long(), _number(layer, "axis")
     if layer.attributes["mode"] == "ELEMENT":
         return x.gather(axis, index)
-    if layer.attributes["mode"] != "DEFAULT" or _number(layer, "num_elementwise_dims"):
+    if _number(layer, "num_elementwise_dims"):
+        raise _refuse(layer, "num_elementwise_dims")
+    if layer.attributes["mode"] == "ND":
+        return x[tuple(index.unbind(-1))]
+    if layer.attributes["mode"] != "DEFAULT":
         raise _refuse(layer, "mode")
     taken = x.index_select(axis, index.flatten() % x.shape[axis])
     return taken.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qexport.errors import ExportError
 from qexport.layers import stage_of
 from qexport.plugins.onnx.builder import add_initializer, array_of
 
@@ -21,7 +22,7 @@ def to_half_precision(model: ir.Model) -> None:
     """Type trunk, FPN, RPN head and box head as float16; casts stand where they meet the rest.
 
     Raises:
-        ValueError: a weight is beyond what float16 holds.
+        ExportError: a weight is beyond what float16 holds.
     """
     nodes = [node for node in model.graph if _belongs(node)]
     inside = {id(node) for node in nodes}
@@ -40,8 +41,13 @@ def to_half_precision(model: ir.Model) -> None:
 
 
 def _belongs(node: ir.Node) -> bool:
-    path = node.metadata_props.get("site", "").partition("@")[0]
+    path = _site(node)
     return bool(path) and stage_of(path) in _STAGES and node.op_type != "Cast"
+
+
+def _site(node: ir.Node) -> str:
+    path: str = node.metadata_props.get("site", "").partition("@")[0]
+    return path
 
 
 def _made_by(value: ir.Value, inside: set[int]) -> bool:
@@ -55,7 +61,10 @@ def _half_of(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
         return _cast(model, before, value, _HALF)
     largest = float(np.abs(array).max(initial=0.0))
     if largest > float(np.finfo(np.float16).max):
-        raise ValueError(f"{value.name} holds {largest:.3g}, beyond float16")
+        raise ExportError(
+            f"{_site(before)} ({before.op_type}): {value.name} holds {largest:.3g}, beyond float16, "
+            f"whose largest is {np.finfo(np.float16).max:.0f}. Rescale the layer in the model."
+        )
     return add_initializer(model.graph, f"{value.name}_float16", array.astype(np.float16))
 
 
@@ -70,7 +79,8 @@ def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType)
 def _give_float_to_the_rest(model: ir.Model, node: ir.Node, output: ir.Value, inside: set[int]) -> None:
     output.dtype = _HALF
     rest = [use for use in output.uses() if id(use.node) not in inside]
-    if not rest and not output.is_graph_output():
+    places = [place for place, value in enumerate(model.graph.outputs) if value is output]
+    if not rest and not places:
         return
     back = ir.node("Cast", [output], {"to": _FLOAT})
     back.metadata_props.update(node.metadata_props)
@@ -78,3 +88,6 @@ def _give_float_to_the_rest(model: ir.Model, node: ir.Node, output: ir.Value, in
     back.outputs[0].dtype, back.outputs[0].shape = _FLOAT, output.shape
     for use in rest:
         use.node.replace_input_with(use.idx, back.outputs[0])
+    for place in places:
+        back.outputs[0].name, output.name = output.name, f"{output.name}_float16"
+        model.graph.outputs[place] = back.outputs[0]
