@@ -18,43 +18,39 @@ is not run again. The command line calls these functions and nothing else. In Py
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qexport import steps
 from qexport.artifact import MANIFEST, Artifact
 from qexport.dataset import load_dataset
 from qexport.devices import has_device, runner_for, why_untimed
 from qexport.encodings import Encodings, save_encodings
-from qexport.engines import load_engines
 from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
 from qexport.merging import merge
+from qexport.proposals import check_numbers, measure_proposals
 from qexport.results import (
     AccuracyReport,
     DetectionsRecord,
     Gate,
-    ImageDetections,
     LatencyProfile,
     MemoryUse,
     ParityReport,
+    ProposalCurve,
+    ProposalLatency,
 )
 from qexport.run_folder import open_run
 from qexport.target import find_target
-from qexport.target_options import read_options
 from qexport.work import Progress, Work, check_targets, exported_targets, resume, silent, start
 
 if TYPE_CHECKING:
-    from qexport.benchmarks.detect import Detect
     from qexport.benchmarks.report import ExperimentFiles, ReportFiles
 
 __all__ = [
@@ -70,6 +66,7 @@ __all__ = [
     "exported_targets",
     "inspect",
     "merge",
+    "price_proposals",
     "report",
     "report_experiments",
     "resume",
@@ -167,31 +164,21 @@ def calibrate(work: Work) -> Encodings:
 
 def export(work: Work, target: str) -> Artifact:
     """Lower the quantized detector to a target: `TARGET/artifact.json` and its files."""
-    from qexport.benchmarks.complexity import count_complexity  # noqa: PLC0415
-
-    found = find_target(target)
-    found.require("export")
-    options = read_options(found.options, target, work.settings.target_options)
-    exporter: Any = importlib.import_module(f"qexport.exporters.{target}")
-    folder, subject = work.path / target, work.subject
-    encodings = work.encodings  # checked, also where the artifact is there already
+    find_target(target).require("export")
+    options = steps.options_of(work, target)
+    _ = work.encodings  # checked, also where the artifact is there already
 
     def write() -> None:
         quantized = work.quantized
         work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
-        with work.progress(f"export {target}", 2) as step:
-            artifact = exporter.export(quantized, encodings, folder, labels=subject.labels, options=options)
-            step()
-            float_bytes, artifact_bytes = (_size_bytes(artifact, folder, role) for role in ("fp32", "int8"))
-            complexity = count_complexity(
-                subject.static,
-                (subject.static.example_input(),),
-                weight_codes=quantized.weight_codes(),
-                float_bytes=float_bytes,
-                artifact_bytes=artifact_bytes,
-            )
-            write_json(folder / "complexity.json", complexity)
-            step()
+        steps.export_artifact(
+            work,
+            target,
+            work.path / target,
+            static=work.subject.static,
+            quantized=quantized,
+            title=f"export {target}",
+        )
 
     inputs = {
         "encodings": work.folder.digest("encodings.json"),
@@ -205,36 +192,16 @@ def export(work: Work, target: str) -> Artifact:
 
 def compare(work: Work, target: str) -> ParityReport:
     """Compare an artifact with its references, layer by layer: `TARGET/parity.json`."""
-    from qexport.benchmarks.parity import compare as measure  # noqa: PLC0415
-
     find_target(target).require("measure")
     artifact, folder = work.artifact(target)
-    detector, settings, evaluation = inspect(work), work.settings, work.subject.evaluation
+    layers = inspect(work).layers
 
     def write() -> None:
-        samples = work.subject.parity_samples()
-        with (
-            work.progress(f"compare {target}", len(samples)) as step,
-            runner_for(target)(folder, threads=_threads()) as runner,
-        ):
-            parity = measure(
-                work.quantized,
-                runner,
-                detector.layers,
-                work.subject.frames(samples),
-                split=evaluation.split,
-                tolerance_steps=settings.tolerance_steps,
-                max_unmatched=settings.max_unmatched,
-                on_image=step,
-            )
-        write_json(folder / "parity.json", parity)
+        steps.compare_artifact(
+            work, target, folder, quantized=work.quantized, layers=layers, title=f"compare {target}"
+        )
 
-    inputs = {
-        "artifact": artifact.sha256,
-        "runner": runner_for(target).rung,
-        "images": evaluation.sha256,
-        "options": [settings.parity_images, settings.tolerance_steps, settings.max_unmatched, settings.seed],
-    }
+    inputs = steps.inputs_of_compare(work, artifact)
     work.folder.stage(f"compare.{target}", inputs, [f"{target}/parity.json"], write)
     return read_json(folder / "parity.json", ParityReport, RunFolderError)
 
@@ -248,13 +215,12 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     weights = [folder.record.weights_sha256, folder.digest("detector.json")]
     table = [*weights, work.encodings.rows_sha256]
     found = {
-        "eager": _detect(work, "eager", weights, lambda: detect.eager(work.subject.loaded)),
-        "reference": _detect(work, "reference", table, lambda: detect.reference(work.quantized)),
+        "eager": steps.detect_split(work, "eager", weights, lambda: detect.eager(work.subject.loaded)),
+        "reference": steps.detect_split(work, "reference", table, lambda: detect.reference(work.quantized)),
     }
     for target in targets:
         artifact, place = work.artifact(target)
-        run = partial(detect.artifact, runner_for(target), place, _threads())
-        found[target] = _detect(work, target, [artifact.sha256, runner_for(target).rung], run)
+        found[target] = steps.detect_artifact(work, target, artifact, place)
 
     def write() -> None:
         write_json(folder.file("detections.json"), DetectionsRecord(subjects=found))
@@ -267,31 +233,41 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
         write_json(folder.file("accuracy.json"), accuracy)
 
     inputs = {
-        "detections": [[subject, folder.digest(f"detections/{subject}.json")] for subject in found],
+        "detections": [[subject, folder.digest(steps.detections_file(subject))] for subject in found],
         "options": [dataset.sha256, settings.max_drop, settings.seed],
     }
     folder.stage("evaluate", inputs, ["detections.json", "accuracy.json"], write)
     return read_json(folder.file("accuracy.json"), AccuracyReport, RunFolderError)
 
 
-def _detect(
-    work: Work,
-    subject: str,
-    identity: Sequence[str | None],
-    source: Callable[[], AbstractContextManager[Detect]],
-) -> tuple[ImageDetections, ...]:
-    """Return what a subject detects on the whole split: `detections/SUBJECT.json`."""
-    from qexport.benchmarks import detect  # noqa: PLC0415
+def price_proposals(
+    work: Work, target: str, numbers: Sequence[int], *, runs: int = 30, warmup: int = 3, threads: int = 1
+) -> tuple[ProposalCurve, ProposalLatency | None]:
+    """Measure mAP and latency over the number of proposals: `TARGET/proposals.json`, `proposals_latency.json`.
 
-    dataset, name = work.subject.evaluation, f"detections/{subject}.json"
+    The latency is None where the target's device is not here.
 
-    def write() -> None:
-        with work.progress(f"detect {subject}", len(dataset.samples)) as step, source() as run:
-            images = detect.over(dataset, work.subject.frame_px, run, on_image=step)
-        write_json(work.folder.file(name), DetectionsRecord(subjects={subject: images}))
+    Args:
+        work: the run.
+        target: its name.
+        numbers: of proposals; the run's own is always measured too, the changes are taken from it.
+        runs: measured runs of each.
+        warmup: runs before them that do not count.
+        threads: of the runtime.
 
-    work.folder.stage(f"detect.{subject}", {"of": identity, "images": dataset.sha256}, [name], write)
-    return read_json(work.folder.file(name), DetectionsRecord, RunFolderError).subjects[subject]
+    Raises:
+        QexportError: numbers that the detector cannot be measured with.
+        RunFolderError: the target was not exported.
+    """
+    from qexport.benchmarks.proposals import Variant  # noqa: PLC0415
+
+    artifact, folder = work.artifact(target)
+    check_numbers(work, numbers)
+    own = Variant(artifact=artifact, folder=folder, macs=inspect(work).macs, parity=compare(work, target))
+    found = steps.detect_artifact(work, target, artifact, folder)
+    return measure_proposals(
+        work, target, numbers, own=own, own_detections=found, runs=runs, warmup=warmup, threads=threads
+    )
 
 
 def bench(
@@ -384,12 +360,6 @@ def run_all(
     return Outcome(tuple(gates), report(work.path), tuple(untimed))
 
 
-def _size_bytes(artifact: Artifact, folder: Path, role: str) -> int:
-    """Return the size of what runs: the engine that was built of a file, else the file itself."""
-    engine = load_engines(folder).of(role)
-    return engine.size_bytes if engine is not None else artifact.file(role).size_bytes
-
-
 def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...]:
     from qexport.benchmarks.complexity import peak_memory  # noqa: PLC0415
 
@@ -399,7 +369,3 @@ def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...
         memory.append(MemoryUse(subject=subject, peak_bytes=peak_memory(command)))
         step()
     return tuple(memory)
-
-
-def _threads() -> int:
-    return os.cpu_count() or 1

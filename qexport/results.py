@@ -1,7 +1,7 @@
 """What the measurements say: parity, latency, accuracy, complexity. Frozen values that save as JSON.
 
-Nothing that is measured in time stands in ParityReport, AccuracyReport or Complexity: times live in
-LatencyProfile alone, so everything else is the same from run to run, byte for byte.
+Nothing that is measured in time stands in ParityReport, AccuracyReport, ProposalCurve or Complexity: times live in
+LatencyProfile and ProposalLatency alone, so everything else is the same from run to run, byte for byte.
 """
 
 from __future__ import annotations
@@ -220,6 +220,67 @@ class AccuracyReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=T
     dropped_boxes: int
     subjects: tuple[Accuracy, ...]
     gates: tuple[Gate, ...]
+
+
+class ProposalPoint(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The detector with one number of proposals, all else equal; accuracy in 0..1."""
+
+    proposals: int
+    artifact_sha256: str
+    int8_bytes: int
+    """Size of the artifact's int8 file."""
+    macs: int
+    """Multiply-accumulates of one frame."""
+    voc_map50: float
+    coco_map: float
+    voc_map50_interval: Interval
+    coco_map_interval: Interval
+    voc_change_interval: Interval | None
+    """Paired bootstrap of VOC mAP minus that with the run's own number; None for that number itself."""
+    coco_change_interval: Interval | None
+    gates: tuple[Gate, ...]
+    """Of its parity: each point is compared with its references as the run's own artifact is."""
+
+
+class ProposalCurve(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Accuracy of one target over the number of proposals: same weights, same encodings, same images."""
+
+    target: str
+    artifact_sha256: str
+    """Of the run's own artifact, which is one of the points."""
+    encodings_sha256: str
+    """Digest of the one table that every point's artifact was made of."""
+    own_proposals: int
+    """The run's own number, which the table was calibrated with and the changes are taken from."""
+    dataset: str
+    dataset_sha256: str
+    split: str
+    images: int
+    points: tuple[ProposalPoint, ...]
+    """Most proposals first."""
+    rung: Rung
+    """What the accuracy stands on."""
+
+
+class ProposalTime(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Latency of one point of a ProposalCurve."""
+
+    proposals: int
+    artifact_sha256: str
+    stats: LatencyStats
+
+
+class ProposalLatency(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Latency of a ProposalCurve's points: run in turns, in one process, on one frame."""
+
+    target: str
+    machine: Machine
+    threads: int
+    warmup: int
+    measured_at: str
+    """UTC, ISO 8601."""
+    points: tuple[ProposalTime, ...]
+    """Most proposals first."""
 
 
 class Complexity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -29,6 +29,7 @@ def evaluate(
     bootstrap: int = 200,
     seed: int = 0,
     max_drop: float,
+    baseline: str = BASELINE,
 ) -> AccuracyReport:
     """Measure every subject on one split.
 
@@ -37,24 +38,24 @@ def evaluate(
 
     Args:
         dataset: the annotated images.
-        detections: per subject, `eager` first, one per sample in the dataset's order; boxes in pixels of the
-            sample's image.
+        detections: per subject, the baseline first, one per sample in the dataset's order; boxes in pixels of
+            the sample's image.
         bootstrap: resamples.
         seed: of the resampling.
-        max_drop: largest fall of either mAP from eager that passes, as a fraction.
+        max_drop: largest fall of either mAP from the baseline that passes, as a fraction.
+        baseline: the subject that the others are compared with.
 
     Raises:
         DatasetError: no annotated boxes, or a label that the dataset does not have.
-        ParityError: `eager` is not first, a subject has not one result per image, or a box or score is not
+        ParityError: the baseline is not first, a subject has not one result per image, or a box or score is not
             finite.
         TargetUnavailable: pycocotools is not installed.
     """
     require_boxes(dataset)
-    _check(dataset, detections, bootstrap)
+    _check(dataset, detections, bootstrap, baseline)
     weights = draw_images(len(dataset.samples), bootstrap, seed)
     measured = [_measure(dataset, subject, found, weights) for subject, found in detections.items()]
-    baseline = measured[0]
-    subjects = tuple(_accuracy(dataset, item, baseline) for item in measured)
+    subjects = tuple(_accuracy(dataset, item, measured[0]) for item in measured)
     gates = [gate for subject in subjects[1:] for gate in _gates(subjects[0], subject, max_drop)]
     return AccuracyReport(
         dataset=dataset.name,
@@ -173,11 +174,13 @@ def _gates(eager: Accuracy, subject: Accuracy, max_drop: float) -> tuple[Gate, G
     )
 
 
-def _check(dataset: Dataset, detections: Mapping[str, Sequence[Detections]], bootstrap: int) -> None:
-    if next(iter(detections), None) != BASELINE:
+def _check(
+    dataset: Dataset, detections: Mapping[str, Sequence[Detections]], bootstrap: int, baseline: str
+) -> None:
+    if next(iter(detections), None) != baseline:
         raise ParityError(
-            f"accuracy: subjects are {list(detections)}; expected {BASELINE!r} first, what the others are "
-            "compared with. Run the eager detector as well."
+            f"accuracy: subjects are {list(detections)}; expected {baseline!r} first, what the others are "
+            "compared with. Run that one as well."
         )
     if bootstrap < 1:
         raise ParityError(f"accuracy: {bootstrap} bootstrap resamples; expected at least 1.")
