@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qexport.errors import QexportError, TargetUnavailable
-from qexport.target_options import TargetOptions, TensorrtOptions, Torch2trtOptions
+from qexport.target_options import TargetOptions, TensorrtOptions, TfliteOptions, Torch2trtOptions
 from qexport.versions import is_importable
 
 Ability = Literal["export", "run", "measure"]
@@ -72,6 +72,18 @@ TARGETS: tuple[Target, ...] = (
         },
         extra={"export": "all", "run": "onnx-runtime", "measure": "all"},
         runtime="onnx",
+    ),
+    Target(
+        name="tflite",
+        summary="Raspberry Pi and other Arm boards: one static .tflite, suppression inside, XNNPACK kernels",
+        needs={
+            "export": (*_TORCH, "ai_edge_litert", "flatbuffers"),
+            "run": ("ai_edge_litert|tflite_runtime",),
+            "measure": (*_TORCH, "ai_edge_litert"),
+        },
+        extra={"export": "all", "run": "tflite-runtime", "measure": "all"},
+        runtime="tflite",
+        options=TfliteOptions,
     ),
     Target(
         name="tensorrt",

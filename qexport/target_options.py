@@ -64,6 +64,18 @@ class Torch2trtOptions(BuildOptions, frozen=True, forbid_unknown_fields=True, kw
     """Of the road through torch2trt."""
 
 
+class TfliteOptions(TargetOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Of TFLite."""
+
+    nms: Annotated[
+        Literal["own", "portable"],
+        Meta(
+            description="own: TFLite's NON_MAX_SUPPRESSION_V4; portable: plain operators, exact while no chain of "
+            "suppressions is longer than 16"
+        ),
+    ] = "own"
+
+
 _Options = TypeVar("_Options", bound=TargetOptions)
 
 

@@ -300,9 +300,7 @@ def _large_enough(boxes: Tensor, min_size_px: float) -> Tensor:
 
 def _per_anchor(head_output: Tensor, values: int) -> Tensor:
     """Return (anchors, values) for a (1, A * values, H, W) map, in torchvision's order of anchors."""
-    _, channels, height, width = head_output.shape
-    split = head_output.reshape(channels // values, values, height, width)
-    return split.permute(2, 3, 0, 1).reshape(-1, values)
+    return head_output.permute(0, 2, 3, 1).reshape(-1, values)
 
 
 def _input_spec(

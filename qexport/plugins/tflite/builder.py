@@ -401,7 +401,7 @@ class TfliteBuilder:
         return self.op("QUANTIZE", [value], value.shape, "int8", scale=scale, options="QuantizeOptions")
 
     def dequantize(self, value: Value) -> Value:
-        """Return the real values of int8 codes."""
+        """Return the real values of int8 codes, or float32 of float16."""
         return self.op("DEQUANTIZE", [value], value.shape, "float32", options="DequantizeOptions", version=2)
 
     def weights(self, array: NDArray[np.generic], scales: Sequence[float], axis: int) -> Value:

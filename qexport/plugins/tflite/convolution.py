@@ -52,7 +52,7 @@ def real(lowering: Lowering, node: Node) -> Held:
         lowering.build,
         node,
         as_map(lowering.build, source),
-        lowering.writer.constant(filters, name="weight"),
+        lowering.float_weight(filters),
         lowering.writer.constant(bias, name="bias"),
         "",
         None,

@@ -35,7 +35,7 @@ def real(lowering: Lowering, node: Node) -> Held:
     source = lowering.real(argument_node(node))
     given, columns = _rows(lowering, source)
     weight = lowering.values(node.args[1])
-    stored = lowering.writer.constant(_ordered(weight.numpy(), columns), name="weight")
+    stored = lowering.float_weight(_ordered(weight.numpy(), columns))
     bias = _bias(lowering, node, weight.shape[0]).astype(np.float32)
     return _write(lowering, node, given, stored, lowering.writer.constant(bias, name="bias"), "", None)
 

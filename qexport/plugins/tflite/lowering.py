@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qexport.errors import UnsupportedOperator
 from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.held import Held
-from qexport.plugins.tflite.writer import ModelWriter
+from qexport.plugins.tflite.writer import ModelWriter, Value
 from qexport.quantization.graph import (
     argument_node,
     base_of,
@@ -45,9 +46,11 @@ class Lowering:
     Args:
         graph: of `quantization.reference`, or its float form.
         operators: how operators are written.
+        half: whether weights in float are held as float16; arithmetic stays float32 where a kernel has no float16.
     """
 
-    def __init__(self, graph: GraphModule, operators: Operators) -> None:
+    def __init__(self, graph: GraphModule, operators: Operators, *, half: bool = False) -> None:
+        self.half = half
         self.writer = ModelWriter()
         self.build = TfliteBuilder(self.writer)
         self._graph, self._operators = graph, operators
@@ -58,7 +61,8 @@ class Lowering:
         """Return the model's input."""
         shape = tuple(node.meta["val"].shape)
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-        self._real.setdefault(node, Held.plain(self.writer.tensor(shape, dtype, name=node.name)))
+        if node not in self._real:
+            self._real[node] = Held.plain(self.writer.tensor(shape, dtype, name=node.name))
         return self.real(node)
 
     def real(self, node: Node) -> Held:
@@ -102,6 +106,13 @@ class Lowering:
         scale = node.args[1]
         scales = self.constant(scale) if isinstance(scale, Node) else torch.tensor([float(str(scale))])
         return self.constant(node.args[0]), scales
+
+    def float_weight(self, array: NDArray[np.generic]) -> Value:
+        """Return a weight in float32, or in float16 with its conversion."""
+        if not self.half:
+            return self.writer.constant(array, name="weight")
+        stored = self.writer.constant(array.astype(np.float16), name="weight")
+        return self.build.dequantize(stored)
 
     def values(self, argument: object) -> Tensor:
         """Return the real values of a constant or of a quantized weight."""

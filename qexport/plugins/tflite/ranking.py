@@ -30,9 +30,7 @@ def topk(lowering: Lowering, node: Node) -> tuple[Held, ...]:
     axis = int(str(node.args[2])) if len(node.args) > 2 else -1
     largest = bool(node.args[3]) if len(node.args) > 3 else True
     if axis % len(value.shape) != len(value.shape) - 1 or not largest:
-        raise UnsupportedOperator(
-            f"topk in {site_of(node).path}: TFLite takes the largest, of the last axis."
-        )
+        raise UnsupportedOperator(f"topk in {site_of(node).path}: TFLite takes the largest of the last axis.")
     return tuple(map(Held.plain, _top_k(lowering.build, value, int(str(node.args[1])))))
 
 
@@ -65,7 +63,7 @@ def nms_mask(lowering: Lowering, node: Node) -> Held:
 
 
 def portable_nms_mask(lowering: Lowering, node: Node) -> Held:
-    """Write the same in operators that every runtime has: exact while no chain of suppressions is longer than `TURNS`."""
+    """Write the same in plain operators: exact while no chain of suppressions is longer than `TURNS`."""
     build = lowering.build
     boxes, scores, valid = (as_plain(build, lowering.real(argument_node(node, place))) for place in range(3))
     return Held.plain(
