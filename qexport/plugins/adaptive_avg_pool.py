@@ -13,10 +13,10 @@ its window up one by one, and in float32 a longer sum is more than 1e-6 off.
 
 Of the forms that fit, `plan` takes the cheapest by this cost, in nanoseconds, summed over the layers that run:
 
-    pool       layer + outputs * (volume * pool_read * (1 + volume / 256) + pool_write) + volume * pool_term
+    pool       layer + outputs * (volume * pool_read + pool_write) + volume * pool_term
     reduction  layer + inputs * reduce_read + outputs * reduce_write + vectors * vector
     product    layer + (inputs + outputs) * move + multiply-adds * multiply + products * product + vectors * vector
-    grouped    a product + 2 * reshape
+    grouped    a product + 2 * reshape; joined, a product + outputs * turn
 
 `Costs` holds the figures of a runtime. A constant costs nothing at run time; it counts as a layer all the same.
 """
@@ -52,7 +52,7 @@ class Costs:
     layer: float
     """To start a layer."""
     pool_read: float
-    """Each element of each window; up to twice as much in a long one, whose sum waits for itself."""
+    """Each element of each window."""
     pool_read_apart: float
     """The same in a window of one column, whose elements lie apart in memory."""
     pool_write: float
@@ -64,37 +64,41 @@ class Costs:
     move: float
     """Each element that a matrix product reads or writes."""
     multiply: float
-    """Each multiply-add."""
+    """Each multiply-add; with fewer than 64 columns to multiply along the rows, 64 / columns of them."""
     product: float
     """Each single product of a batch: one for each map where rows are averaged, one for all maps for columns."""
     vector: float
     """Each row of a map (part of one where grouped) that is multiplied along its columns, or added to the others."""
     rows_together: bool
     """Whether a product over columns leaves the rows together in memory, so that those are one product as well."""
+    turn: float
+    """Each output of that one product, to bring it into the map's order."""
     reshape: float
     largest_reduction: int
     """Most elements that one reduction sums; above, it is done one axis after the other."""
 
 
 ONNX_RUNTIME = Costs(
-    layer=1500, pool_read=0.1, pool_read_apart=0.15, pool_write=1.6, pool_term=0, reduce_read=0.065, reduce_write=3, move=0.05,
-    multiply=0.015, product=90, vector=2.5, rows_together=False, reshape=1500,
+    layer=1500, pool_read=0.12, pool_read_apart=0.15, pool_write=1.2, pool_term=0, reduce_read=0.065,
+    reduce_write=3, move=0.05, multiply=0.015, product=90, vector=2.5, rows_together=False, turn=0, reshape=1500,
     largest_reduction=16_384,
 )  # fmt: skip
 """Fitted to ONNX Runtime 1.31 on one thread of an x86-64; longer reductions are also more than 1e-6 off there."""
 TORCH = Costs(
-    layer=3000, pool_read=0.25, pool_read_apart=0.7, pool_write=4.5, pool_term=0, reduce_read=0.045, reduce_write=3, move=0.17,
-    multiply=0.04, product=1000, vector=0, rows_together=True, reshape=2500,
+    layer=3000, pool_read=0.3, pool_read_apart=0.9, pool_write=4.5, pool_term=0, reduce_read=0.045,
+    reduce_write=3, move=0.17, multiply=0.013, product=1000, vector=0, rows_together=True, turn=3, reshape=2500,
     largest_reduction=2**62,
 )  # fmt: skip
 """Fitted to PyTorch 2.14 on one thread of an x86-64. Its mean sums in pairs, so it needs no stages."""
 TENSORRT = Costs(
-    layer=5000, pool_read=0.04, pool_read_apart=0.04, pool_write=0.04, pool_term=3, reduce_read=0.08, reduce_write=0.04, move=0.08,
-    multiply=0.002, product=1, vector=0, rows_together=False, reshape=0,
+    layer=5000, pool_read=0.04, pool_read_apart=0.04, pool_write=0.04, pool_term=3, reduce_read=0.08,
+    reduce_write=0.04, move=0.08, multiply=0.002, product=1, vector=0, rows_together=False, turn=0, reshape=0,
     largest_reduction=WINDOW_LIMIT - 1,
 )  # fmt: skip
 """An estimate, not a measurement: a GPU of 100 GB/s (Jetson Orin), where a reduction or a product reads a map that
 convolutions left in another layout, hence twice."""
+_WIDE = 64
+"""Columns from which on a product over rows uses a machine's vectors in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ class Pool:
         """Return the cost of this step on maps of a size."""
         outputs = maps * math.prod(self.output_size(size))
         read = costs.pool_read_apart if self.kernel[1] == 1 < self.kernel[0] else costs.pool_read
-        each = self.volume * read * (1 + self.volume / POOL_TERMS) + costs.pool_write
+        each = self.volume * read + costs.pool_write
         return costs.layer + outputs * each + self.volume * costs.pool_term
 
 
@@ -195,11 +199,13 @@ class Matrix:
     def cost_ns(self, size: Pair, maps: int, costs: Costs, *, rows_together: bool = False) -> float:
         """Return the cost of this step on maps of a size, whose rows may lie together in memory."""
         inputs, outputs = maps * math.prod(size), maps * math.prod(self.output_size(size))
-        products = 1 if self.axis == 1 or (rows_together and self.groups == 1) else maps * self.groups
+        joined = rows_together and self.axis == 0 and self.groups == 1
+        products = 1 if self.axis == 1 or joined else maps * self.groups
         multiply_adds = outputs * (self.inputs // self.groups)
         vectors = maps * size[0] * self.groups if self.axis == 1 else 0
-        cost = costs.layer + (inputs + outputs) * costs.move + multiply_adds * costs.multiply
-        cost += products * costs.product + vectors * costs.vector
+        thin = max(1.0, _WIDE / size[1]) if products > 1 else 1.0
+        cost = costs.layer + (inputs + outputs) * costs.move + multiply_adds * thin * costs.multiply
+        cost += products * costs.product + vectors * costs.vector + joined * outputs * costs.turn
         return cost + (2 * costs.reshape if self.groups > 1 else 0)
 
 

@@ -101,7 +101,7 @@ def _two_products(columns: Matrix, rows: Matrix, x: Tensor) -> Tensor:
     first = torch.mm(_weights(columns, x), x.reshape(-1, width).t())
     both = torch.mm(_weights(rows, x), first.view(-1, height).t())
     maps_last = both.view(rows.outputs, columns.outputs, -1)
-    return maps_last.permute(2, 0, 1).reshape(*lead, rows.outputs, columns.outputs)
+    return maps_last.permute(2, 0, 1).contiguous().view(*lead, rows.outputs, columns.outputs)
 
 
 def _columns_product(step: Matrix, x: Tensor) -> Tensor:
