@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -169,6 +170,7 @@ def time_curve(
 
 
 def _point(variant: Variant, accuracy: Accuracy) -> ProposalPoint:
+    subject = f"{variant.artifact.target}, {variant.proposals} proposals"
     return ProposalPoint(
         proposals=variant.proposals,
         artifact_sha256=variant.artifact.sha256,
@@ -180,5 +182,5 @@ def _point(variant: Variant, accuracy: Accuracy) -> ProposalPoint:
         coco_map_interval=accuracy.coco_map_interval,
         voc_change_interval=accuracy.voc_drop_interval,
         coco_change_interval=accuracy.coco_drop_interval,
-        gates=variant.parity.gates,
+        gates=tuple(msgspec.structs.replace(gate, subject=subject) for gate in variant.parity.gates),
     )

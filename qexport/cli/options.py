@@ -16,6 +16,7 @@ _CALIBRATION = "Calibration"
 _SHAPE = "Shapes, fixed at export"
 _GATES = "Gates: what has to hold"
 _BENCH = "Latency"
+_CURVE = "Number of proposals"
 
 
 def parse_frame(text: str) -> tuple[int, int]:
@@ -32,6 +33,19 @@ def parse_classes(text: str) -> tuple[str, ...]:
     if not all(names):
         raise QexportError(f"--classes {text}: an empty name; expected names with commas between them.")
     return names
+
+
+def parse_proposals(text: str) -> tuple[int, ...]:
+    """Return the numbers in `300,200,100`."""
+    numbers = tuple(number.strip() for number in text.split(","))
+    for number in numbers:
+        # Nine digits are more than any RPN ranks, and fewer than Python refuses to read.
+        if not (number.removeprefix("-").isdecimal() and len(number) <= 9):
+            raise QexportError(
+                f"--proposals {text}: {number!r} is no whole number; expected numbers with commas between them, "
+                "as in 300,200,100."
+            )
+    return tuple(int(number) for number in numbers)
 
 
 def check_percentile(observer: str, percentile: float | None) -> None:
@@ -296,4 +310,38 @@ Warmup: TypeAlias = Annotated[
 ]
 Threads: TypeAlias = Annotated[
     int, typer.Option("--threads", metavar="N", min=1, rich_help_panel=_BENCH, help="Threads of the runtime.")
+]
+
+ProposalNumbers: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--proposals",
+        metavar="N,N,...",
+        rich_help_panel=_CURVE,
+        help="Instead: mAP and latency over the number of proposals, 300,200,150,100,64. Weights and encodings "
+        "stay the same; the run's own number is always measured too.",
+        show_default=False,
+    ),
+]
+RunsOfCurve: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--runs",
+        metavar="N",
+        min=1,
+        rich_help_panel=_CURVE,
+        help="Measured runs of each number. Default: 30.",
+        show_default=False,
+    ),
+]
+ThreadsOfCurve: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        rich_help_panel=_CURVE,
+        help="Threads of the runtime. Default: 1.",
+        show_default=False,
+    ),
 ]

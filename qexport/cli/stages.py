@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,14 @@ import msgspec
 import typer
 
 from qexport.cli import options, screen, tables
-from qexport.errors import RunFolderError
+from qexport.errors import QexportError, RunFolderError
 
 if TYPE_CHECKING:
+    from qexport.results import Gate
     from qexport.work import Work
+
+_RUNS = 30
+"""Of each point of a curve, as of `bench`."""
 
 
 def calibrate(
@@ -146,15 +151,22 @@ def evaluate(
         ),
     ] = None,
     max_drop: options.MaxDropChange = None,
+    proposals: options.ProposalNumbers = None,
+    runs: options.RunsOfCurve = None,
+    threads: options.ThreadsOfCurve = None,
 ) -> None:
     """Measure VOC and COCO mAP of the float detector, the quantized reference and the artifacts.
 
-    Leaves with exit code 1 where mAP falls by more than --max-drop.
+    Leaves with exit code 1 where mAP falls by more than --max-drop. With --proposals it measures what fewer
+    proposals cost and save: each number is exported with the same encodings, compared, evaluated and timed.
 
       qexport evaluate runs/mine
+      qexport evaluate runs/mine --target onnx --proposals 300,200,150,100,64
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
+    numbers = options.parse_proposals(proposals) if proposals is not None else None
+    _check_curve_options(numbers is not None, max_drop, runs, threads)
     targets = target or pipeline.exported_targets(run)
     pipeline.check_targets(targets, whole_run=True)
     work = _resume(run, {"max_drop": max_drop})
@@ -162,10 +174,47 @@ def evaluate(
         raise RunFolderError(
             f"{run}: no target was exported. Run `qexport export {run} --target onnx` first."
         )
+    if numbers is not None:
+        _price_proposals(work, targets, numbers, runs=runs or _RUNS, threads=threads or 1)
+        return
     accuracy = pipeline.evaluate(work, targets)
     screen.show_table(tables.accuracy_table(accuracy))
     screen.show(f"wrote {work.path / 'accuracy.json'}")
     tables.require_gates(accuracy.gates)
+
+
+def _check_curve_options(curve: bool, max_drop: float | None, runs: int | None, threads: int | None) -> None:
+    """Refuse options that nobody would look at."""
+    if curve and max_drop is not None:
+        raise QexportError(
+            "--max-drop is for `qexport evaluate` without --proposals: the curve shows what each number costs "
+            "and refuses none. Leave it out."
+        )
+    if not curve and (runs is not None or threads is not None):
+        raise QexportError(
+            "--runs and --threads are for --proposals, whose points are timed. To time the artifact itself: "
+            "qexport bench."
+        )
+
+
+def _price_proposals(
+    work: Work, targets: Sequence[str], numbers: Sequence[int], *, runs: int, threads: int
+) -> None:
+    """Measure and show each target's curve; gates are asked when all are written."""
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.devices import why_untimed  # noqa: PLC0415
+
+    gates: list[Gate] = []
+    for target in targets:
+        curve, latency = pipeline.price_proposals(work, target, numbers, runs=runs, threads=threads)
+        screen.show_table(tables.proposal_table(curve, latency))
+        for sentence in tables.describe_proposals(curve):
+            screen.show(sentence)
+        if latency is None:
+            screen.show(why_untimed(target, work.path))
+        screen.show(f"wrote {work.path / target / 'proposals.json'}")
+        gates += [gate for point in curve.points for gate in point.gates]
+    tables.require_gates(gates)
 
 
 def _resume(run: Path, changes: dict[str, object]) -> Work:

@@ -13,7 +13,15 @@ from qexport.devices import has_device
 from qexport.engines import FOLDER, load_engines
 from qexport.errors import GateFailed
 from qexport.layers import STAGES, DetectorReport
-from qexport.results import Accuracy, AccuracyReport, Gate, ParityReport
+from qexport.results import (
+    Accuracy,
+    AccuracyReport,
+    Gate,
+    Interval,
+    ParityReport,
+    ProposalCurve,
+    ProposalLatency,
+)
 from qexport.target import TARGETS, Ability, Target
 from qexport.target_options import describe_options
 
@@ -175,6 +183,47 @@ def accuracy_table(accuracy: AccuracyReport) -> Table:
     return table
 
 
+def proposal_table(curve: ProposalCurve, latency: ProposalLatency | None) -> Table:
+    """Return a row for each number of proposals; its parity verdict stands beside its latency."""
+    from qexport.benchmarks.report import proposals  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.benchmarks.report.formats import signed, speed  # noqa: PLC0415
+
+    table = _table(
+        ">proposals", ">VOC mAP 0.5", ">change", "interval", ">COCO mAP", ">change", "interval",
+        ">p50 ms", ">std ms", "latency", "parity",
+    )  # fmt: skip
+    for row in proposals.rows(curve, latency):
+        point, stats = row.point, row.stats
+        table.add_row(
+            str(point.proposals),
+            f"{100 * point.voc_map50:.2f}",
+            signed(None if row.own else 100 * row.voc_change, 2),
+            _interval(point.voc_change_interval),
+            f"{100 * point.coco_map:.2f}",
+            signed(None if row.own else 100 * row.coco_change, 2),
+            _interval(point.coco_change_interval),
+            f"{stats.p50_ms:.2f}" if stats else "-",
+            f"{stats.std_ms:.2f}" if stats else "-",
+            speed(None if row.own else row.speed),
+            row.parity.text.removeprefix("parity "),
+        )
+    where = "not timed: the device is not here"
+    if latency is not None:
+        where = f"{latency.machine.processor}, {latency.machine.measured_on}, {latency.threads} threads"
+    table.caption = (
+        f"{curve.target} on {curve.dataset}/{curve.split}, {curve.images} images; changes from {curve.own_proposals} "
+        f"proposals, points of 100; {where}"
+    )
+    return table
+
+
+def describe_proposals(curve: ProposalCurve) -> tuple[str, ...]:
+    """Return what may be said of each number of proposals, given the noise of the split."""
+    from qexport.benchmarks.report import proposals  # noqa: PLC0415 - `--help` needs none of it
+
+    return proposals.sentences(curve)
+
+
 def describe_engines(folder: Path) -> list[str]:
     """Return a sentence for each engine that was built beside an artifact."""
     return [
@@ -214,6 +263,12 @@ def _ability(target: Target, ability: Ability) -> str:
 
 def _accuracy(report: AccuracyReport | None, subject: str) -> Accuracy | None:
     return next((one for one in (report.subjects if report else ()) if one.subject == subject), None)
+
+
+def _interval(interval: Interval | None) -> str:
+    from qexport.benchmarks.report.formats import signed  # noqa: PLC0415 - `--help` needs none of it
+
+    return f"{signed(100 * interval.low, 2)} to {signed(100 * interval.high, 2)}" if interval else "-"
 
 
 def _gate_table(gates: Sequence[Gate]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.benchmarks.report import csvs, pictures, plots, tables, verdict
+from qexport.benchmarks.report import csvs, pictures, plots, proposals, tables, verdict
 from qexport.benchmarks.report.document import (
     ReportDocument,
     TargetDocument,
@@ -79,6 +79,7 @@ def report_document(run: RunResults) -> ReportDocument:
                 artifact=summarise_artifact(one.artifact) if one.artifact else None,
                 parity=one.parity,
                 complexity=one.complexity,
+                proposals=one.proposals,
             )
             for one in run.targets
         ),
@@ -97,6 +98,7 @@ def timings_document(run: RunResults) -> TimingsDocument:
                 memory=one.memory,
                 measurements=one.measurements,
                 engines=one.engines,
+                proposals=one.proposals_latency,
             )
             for one in run.targets
         )
@@ -141,9 +143,24 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "latencies": [
             _latency(profile, f"{name}-latency-{place}", beside) for place, profile in enumerate(one.profiles)
         ],
+        "proposals": _proposals(one, f"{name}-proposals"),
         "floats": tables.float_decisions(run.encodings, one.artifact),
         "artifact_sha256": one.artifact.sha256 if one.artifact else None,
         "pictures": [(one, pictures.embed(dataset_root, one.image)) for one in differences],
+    }
+
+
+def _proposals(one: TargetResults, name: str) -> dict[str, object] | None:
+    curve, latency = one.proposals, one.proposals_latency
+    if curve is None:
+        return None
+    return {
+        "curve": curve,
+        "latency": latency,
+        "rows": proposals.rows(curve, latency),
+        "sentences": proposals.sentences(curve),
+        "plot": plots.change_over_proposals(curve, f"{name}-number", alone=latency is None),
+        "timed_plot": plots.change_over_latency(curve, latency, f"{name}-time") if latency else "",
     }
 
 

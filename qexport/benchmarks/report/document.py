@@ -14,7 +14,15 @@ from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision, R
 from qexport.encodings import Encodings, FloatRow
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
-from qexport.results import AccuracyReport, Complexity, LatencyProfile, MemoryUse, ParityReport
+from qexport.results import (
+    AccuracyReport,
+    Complexity,
+    LatencyProfile,
+    MemoryUse,
+    ParityReport,
+    ProposalCurve,
+    ProposalLatency,
+)
 from qexport.settings import RunRecord
 
 FORMAT_VERSION: Final = 1
@@ -92,6 +100,7 @@ class TargetDocument(_Part, frozen=True):
     artifact: ArtifactSummary | None
     parity: ParityReport | None
     complexity: Complexity | None
+    proposals: ProposalCurve | None = None
 
 
 class ReportDocument(_Part, frozen=True):
@@ -119,6 +128,8 @@ class TargetTimings(_Part, frozen=True):
     """Brought back from boards."""
     engines: tuple[Engine, ...] = ()
     """Built from the artifact, each bound to one machine."""
+    proposals: ProposalLatency | None = None
+    """Of the points of the target's ProposalCurve, whose parity stands with each."""
 
 
 class TimingsDocument(_Part, frozen=True):

@@ -14,9 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from qexport.benchmarks.report.proposals import own_point
+from qexport.benchmarks.report.verdict import parity_gates_verdict
 from qexport.errors import TargetUnavailable
 from qexport.layers import STAGES
-from qexport.results import Accuracy, AccuracyReport, ClassAccuracy, LatencyProfile, LayerParity, ParityReport
+from qexport.results import (
+    Accuracy,
+    AccuracyReport,
+    ClassAccuracy,
+    LatencyProfile,
+    LayerParity,
+    ParityReport,
+    ProposalCurve,
+    ProposalLatency,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +35,9 @@ if TYPE_CHECKING:
 
 MAX_BARS = 40
 MAX_CURVES = 12
+
+_ASIDE = 0.006
+"""By which share of the axis two metrics of one point stand left and right of it, so that both are seen."""
 
 _INK, _MUTED, _GRID, _SURFACE, _BAD = "#010101", "#010102", "#010103", "#010104", "#010105"
 _STAGE_COLOURS = {stage: f"#0102{number:02x}" for number, stage in enumerate(STAGES, start=1)}
@@ -163,6 +177,91 @@ def latency_by_layer(profile: LatencyProfile, name: str, parity: str) -> str:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return result[0]
+
+
+def change_over_proposals(curve: ProposalCurve, name: str, *, alone: bool) -> str:
+    """Draw the change of VOC and COCO mAP over the number of proposals, with its interval.
+
+    Args:
+        curve: what is drawn.
+        name: prefix of the identifiers in the SVG, unique in the page.
+        alone: it stands over the whole width of the page, not beside another.
+    """
+    numbers = [point.proposals for point in curve.points]
+    with _figure(name, width=9.6 if alone else 5.6, height=3.4) as (figure, result):
+        axes = figure.add_subplot()
+        axes.set_xscale("log")  # halving the number is as far anywhere
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_xticks([], minor=True)
+        shift = (max(numbers) / min(numbers)) ** _ASIDE
+        _changes(axes, curve, [number / shift for number in numbers], [number * shift for number in numbers])
+        axes.set_xlabel("proposals")
+        axes.set_title(f"Change of mAP from {curve.own_proposals} proposals")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return result[0]
+
+
+def change_over_latency(curve: ProposalCurve, latency: ProposalLatency, name: str) -> str:
+    """Draw the same change over the median time of a frame; each point is labelled with its number.
+
+    Args:
+        curve: what is drawn.
+        latency: of its points.
+        name: prefix of the identifiers in the SVG, unique in the page.
+    """
+    stats = {point.proposals: point.stats for point in latency.points}
+    medians = [stats[point.proposals].p50_ms for point in curve.points]
+    with _figure(name, width=5.6, height=3.4) as (figure, result):
+        axes = figure.add_subplot()
+        shift = _ASIDE * (max(medians) - min(medians))
+        _changes(axes, curve, [median - shift for median in medians], [median + shift for median in medians])
+        above = axes.twiny()
+        above.set_xlim(axes.get_xlim())
+        above.set_xticks(medians, _numbers(curve))
+        above.tick_params(length=0)
+        above.grid(visible=False)
+        above.set_xlabel("proposals")
+        axes.set_xlabel("median time of a frame, ms")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return result[0]
+
+
+def _numbers(curve: ProposalCurve) -> list[str]:
+    """Return the labels of a curve's points: no time stands without the parity of what took it."""
+    verdicts = [parity_gates_verdict(point.gates).state for point in curve.points]
+    return [
+        f"{point.proposals}" if verdict == "ok" else f"{point.proposals} (parity {verdict})"
+        for point, verdict in zip(curve.points, verdicts, strict=True)
+    ]
+
+
+def _changes(
+    axes: Axes, curve: ProposalCurve, voc_places: Sequence[float], coco_places: Sequence[float]
+) -> None:
+    """Draw both metrics at their places; the run's own number is zero and has no interval."""
+    own = own_point(curve)
+    axes.axhline(0, color=_MUTED, linewidth=0.8)
+    for metric, places, colour, marker, value, interval in (
+        ("VOC mAP", voc_places, _SERIES[2], "o", "voc_map50", "voc_change_interval"),
+        ("COCO mAP", coco_places, _SERIES[1], "s", "coco_map", "coco_change_interval"),
+    ):
+        changes = [100 * (getattr(point, value) - getattr(own, value)) for point in curve.points]
+        spans = [getattr(point, interval) for point in curve.points]
+        # A bootstrap's percentiles need not hold the value itself.
+        below = [max(0.0, x - 100 * one.low) if one else 0.0 for x, one in zip(changes, spans, strict=True)]
+        over = [max(0.0, 100 * one.high - x) if one else 0.0 for x, one in zip(changes, spans, strict=True)]
+        axes.errorbar(
+            places,
+            changes,
+            yerr=(below, over),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.2,
+            capsize=3,
+            label=metric,
+        )
+    axes.set_ylabel("change of mAP, points")
 
 
 def _bars(profile: LatencyProfile) -> Sequence[tuple[str, float, float | None]]:

@@ -26,6 +26,8 @@ from qexport.results import (
     LatencyProfile,
     MemoryUse,
     ParityReport,
+    ProposalCurve,
+    ProposalLatency,
 )
 from qexport.settings import RunRecord
 
@@ -52,6 +54,8 @@ EXPORT = Stage("export", MANIFEST, Artifact, "export")
 PARITY = Stage("parity", "parity.json", ParityReport, "compare")
 LATENCY = Stage("latency", "latency.json", LatencyProfile, "bench")
 COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
+PROPOSALS = Stage("proposals", "proposals.json", ProposalCurve, "evaluate")
+PROPOSALS_LATENCY = Stage("latency over proposals", "proposals_latency.json", ProposalLatency, "evaluate")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
 MEASUREMENTS = "measurements"
@@ -73,6 +77,9 @@ class TargetResults:
     engines: tuple[Engine, ...] = ()
     measurements: tuple[LatencyProfile, ...] = ()
     """Brought back from boards, in the order of their names."""
+    proposals: ProposalCurve | None = None
+    """None where nobody asked for it: it is no stage of a run."""
+    proposals_latency: ProposalLatency | None = None
 
     @property
     def profiles(self) -> tuple[LatencyProfile, ...]:
@@ -109,8 +116,16 @@ class _Reader:
             return None
         return read_json(path, stage.kind, RunFolderError)
 
-    def miss(self, stage: Stage[_T], target: str, why: str, *, needs_device: bool = False) -> None:
-        words = ["qexport", stage.command, str(self.run), *(["--target", target] if target else [])]
+    def miss(
+        self,
+        stage: Stage[_T],
+        target: str,
+        why: str,
+        *,
+        needs_device: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        words = ["qexport", stage.command, str(self.run), *(["--target", target] if target else []), *options]
         if needs_device:
             words = ["qexport", "report", str(self.run), "--merge", "FILE..."]
         self.missing.append(
@@ -192,6 +207,7 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
     if latency is not None and not _is_of(artifact, latency.artifact_sha256):
         reader.miss(LATENCY, target, "was measured on another artifact")
         latency = None
+    curve = _read_curve(reader, target, artifact)
     return TargetResults(
         target=target,
         artifact=artifact,
@@ -201,7 +217,31 @@ def _read_target(reader: _Reader, detector: DetectorReport, target: str) -> Targ
         memory=None if needs_device else reader.optional(MEMORY, target),
         engines=load_engines(reader.run / target).engines,
         measurements=measurements,
+        proposals=curve,
+        proposals_latency=_read_curve_latency(reader, target, curve) if curve else None,
     )
+
+
+def _read_curve(reader: _Reader, target: str, artifact: Artifact | None) -> ProposalCurve | None:
+    path = reader.run / target / PROPOSALS.file
+    if not path.is_file():
+        return None
+    curve = read_json(path, ProposalCurve, RunFolderError)
+    if artifact is None or curve.artifact_sha256 == artifact.sha256:
+        return curve
+    numbers = ",".join(str(point.proposals) for point in curve.points)
+    reader.miss(PROPOSALS, target, "was measured on another artifact", options=["--proposals", numbers])
+    return None
+
+
+def _read_curve_latency(reader: _Reader, target: str, curve: ProposalCurve) -> ProposalLatency | None:
+    """Return the times of exactly the curve's artifacts; those of others are of a curve that was replaced."""
+    path = reader.run / target / PROPOSALS_LATENCY.file
+    if not path.is_file():
+        return None
+    latency = read_json(path, ProposalLatency, RunFolderError)
+    timed = {point.artifact_sha256 for point in latency.points}
+    return latency if timed == {point.artifact_sha256 for point in curve.points} else None
 
 
 def _read_measurements(reader: _Reader, target: str, artifact: Artifact | None) -> tuple[LatencyProfile, ...]:

@@ -72,13 +72,18 @@ def parity_verdict(parity: ParityReport | None) -> Verdict:
     """Return the line that stands beside every latency of a target."""
     if parity is None:
         return Verdict(state="incomplete", text="parity not measured", gates=0, failed=0)
-    failed = [gate for gate in parity.gates if not gate.passed]
+    return parity_gates_verdict(parity.gates)
+
+
+def parity_gates_verdict(gates: Sequence[Gate]) -> Verdict:
+    """Return the same line, of parity's gates."""
+    failed = [gate for gate in gates if not gate.passed]
     if failed:
         text = f"parity failed: {describe_gate(failed[0])}"
-        return Verdict(state="failed", text=text, gates=len(parity.gates), failed=len(failed))
-    if not parity.gates:
+        return Verdict(state="failed", text=text, gates=len(gates), failed=len(failed))
+    if not gates:
         return Verdict(state="incomplete", text="parity without a gate", gates=0, failed=0)
-    return Verdict(state="ok", text="parity ok", gates=len(parity.gates), failed=0)
+    return Verdict(state="ok", text="parity ok", gates=len(gates), failed=0)
 
 
 def describe_gate(gate: Gate) -> str:
