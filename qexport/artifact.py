@@ -12,6 +12,8 @@ from qexport.files import read_json, sha256_file, sha256_json, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
+LEFT_OUT = "left-out.json"
+"""Beside the manifest where the folder has only some of the files: a board needs no float baseline."""
 
 
 Rung = Literal["structure", "built", "run"]
@@ -129,6 +131,13 @@ class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sha256_json(self)
 
 
+class LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`left-out.json`."""
+
+    roles: tuple[str, ...]
+    """Of the files that were not taken along."""
+
+
 def describe_file(folder: Path, name: str, role: str) -> ArtifactFile:
     """Return the entry for a file that lies in `folder`."""
     path = folder / name
@@ -141,7 +150,7 @@ def save_artifact(artifact: Artifact, folder: Path) -> Path:
 
 
 def load_artifact(path: Path) -> tuple[Artifact, Path]:
-    """Read an artifact and check every file's digest.
+    """Read an artifact and check the digest of every file; one that was left out on purpose may be missing.
 
     Args:
         path: the artifact's folder, its `artifact.json`, or a file in the folder.
@@ -161,9 +170,12 @@ def load_artifact(path: Path) -> tuple[Artifact, Path]:
             f"{folder / MANIFEST}: artifact of format {artifact.format_version}, "
             f"this qexport reads {FORMAT_VERSION}. Export again with this version."
         )
+    left_out = _left_out(folder)
     for file in artifact.files:
         found = folder / file.name
         if not found.is_file():
+            if file.role in left_out:
+                continue
             raise ArtifactError(f"{found}: the artifact's {file.role} file is missing. Export again.")
         if sha256_file(found) != file.sha256:
             raise ArtifactError(
@@ -171,3 +183,8 @@ def load_artifact(path: Path) -> tuple[Artifact, Path]:
                 "Export again, or restore the file."
             )
     return artifact, folder
+
+
+def _left_out(folder: Path) -> tuple[str, ...]:
+    path = folder / LEFT_OUT
+    return read_json(path, LeftOut, ArtifactError).roles if path.is_file() else ()

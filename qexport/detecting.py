@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from qexport.artifact import MANIFEST, load_artifact
+from qexport.bundle import ImageFit, is_bundle, open_bundle
 from qexport.drawing import draw_boxes
 from qexport.errors import ArtifactError, DatasetError, RunFolderError
 from qexport.files import json_bytes, whole_file, write_bytes
@@ -117,19 +119,54 @@ def open_runner(artifact: Path, threads: int = 1) -> Runner:
     return runner(artifact, threads=threads)
 
 
-def detect(runner: Runner, image: Path, *, minimum_score: float = 0.5) -> FoundImage:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What detects: an artifact's runner, and what becomes of an image that has not its frame's size."""
+
+    runner: Runner
+    image_fit: ImageFit
+
+
+@contextmanager
+def opened(path: Path, threads: int = 1) -> Iterator[Opened]:
+    """Open an artifact's folder, or a bundle: its folder or its archive.
+
+    Raises:
+        BundleError: a bundle that was changed or is not whole.
+        ArtifactError: there is no artifact, it was edited, or its target is not known.
+        TargetUnavailable: its runtime is not installed.
+    """
+    if not is_bundle(path):
+        with open_runner(path, threads) as runner:
+            yield Opened(runner, "letterbox")
+        return
+    with open_bundle(path) as bundle, open_runner(bundle.artifact_folder, threads) as runner:
+        yield Opened(runner, bundle.manifest.image_fit)
+
+
+def detect(
+    runner: Runner, image: Path, *, minimum_score: float = 0.5, image_fit: ImageFit = "letterbox"
+) -> FoundImage:
     """Detect in one image file.
 
     Args:
         runner: opened.
-        image: scaled into the artifact's frame, whatever its size; turned upright where its EXIF says so.
+        image: turned upright where its EXIF says so.
         minimum_score: boxes below it are left out.
+        image_fit: an image of another size than the artifact's frame is scaled into it with its aspect kept, or
+            refused.
 
     Raises:
-        DatasetError: the image cannot be read.
+        DatasetError: the image cannot be read, or is of another size and refused.
     """
     spec, labels = runner.artifact.input, runner.artifact.labels
     frame = read_frame(image, (spec.frame_height_px, spec.frame_width_px))
+    if image_fit == "refuse" and frame.original_px != (spec.frame_height_px, spec.frame_width_px):
+        height, width = frame.original_px
+        raise DatasetError(
+            f"{image}: {height}x{width} pixels (height x width); this bundle takes frames of {spec.frame_height_px}x"
+            f"{spec.frame_width_px} and no other. Scale the image, or bundle with --other-sizes letterbox."
+        )
     found = runner.infer(frame.pixels)
     boxes = frame.to_original(found.boxes)
     return FoundImage(

@@ -75,8 +75,7 @@ class Subject:
     @cached_property
     def evaluation(self) -> Dataset:
         """The split that accuracy and parity are measured on; its classes are those of the detector."""
-        root, split = self.settings.data, self.settings.split
-        dataset = self._load(root, split or _first(root, _EVALUATION_SPLITS))
+        dataset = self._load(self.settings.data, evaluation_split(self.settings))
         require_boxes(dataset)
         check_classes(dataset, self.loaded.num_classes, self.settings.model)
         if self.loaded.named_labels and not self.settings.classes:
@@ -150,6 +149,11 @@ class Subject:
         if dataset.format == "voc" and not classes and self.loaded.named_labels:
             dataset = load_dataset(Path(root), split, classes=self.loaded.labels[1:])
         return dataset
+
+
+def evaluation_split(settings: Settings) -> str | None:
+    """Return the split that accuracy and parity are measured on; None for a folder that has no splits."""
+    return settings.split or _first(settings.data, _EVALUATION_SPLITS)
 
 
 def _first(root: str, preferred: tuple[str, ...]) -> str | None:

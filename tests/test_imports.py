@@ -22,6 +22,9 @@ HEAVY = frozenset(
         "onnx_ir",
         "onnxscript",
         "onnxruntime",
+        "tensorrt",
+        "tensorrt_rtx_bindings",
+        "torch2trt",
         "matplotlib",
         "pycocotools",
         "jinja2",
@@ -37,8 +40,12 @@ COMMANDS = (
     "bench",
     "evaluate",
     "report",
+    "build",
+    "bundle",
+    "verify",
     "detect",
     "targets",
+    "doctor",
 )
 PACKAGE = Path(qexport.__file__).parent
 MODULES = sorted(

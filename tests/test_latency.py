@@ -427,7 +427,7 @@ def test_measure_latency_demo_detector_has_every_contender_and_step(measured: Me
     assert all(stats.runs == RUNS for stats in profile.whole.values())
     assert profile.fps == 1000 / profile.whole["artifact"].p50_ms
     assert profile.artifact_sha256 == artifact.sha256
-    assert measured.steps == count_steps(artifact, eager=True, warmup=WARMUP, runs=RUNS)
+    assert measured.steps == count_steps(artifact, measured.folder, eager=True, warmup=WARMUP, runs=RUNS)
     assert 0.0 < profile.accounted_share <= 1.0
     assert [(gate.name, gate.passed) for gate in profile.gates] == [("latency accounted", True)]
 

@@ -79,7 +79,7 @@ def measure_latency(
     with _torch_threads(detector, threads), ExitStack() as stack:
         int8 = stack.enter_context(runner(artifact, role=_INT8_ROLE, threads=threads))
         fp32 = None
-        if _has_fp32(int8.artifact):
+        if _has_fp32(int8.artifact, int8.folder):
             fp32 = stack.enter_context(runner(artifact, role=_FP32_ROLE, threads=threads))
         contenders = _contenders(int8, fp32, detector, own_frame)
         settle_s = SETTLE_S if threads > 1 else 0.0
@@ -106,9 +106,9 @@ def measure_latency(
     )
 
 
-def count_steps(artifact: Artifact, *, eager: bool, warmup: int, runs: int) -> int:
+def count_steps(artifact: Artifact, folder: Path, *, eager: bool, warmup: int, runs: int) -> int:
     """Return how often `measure_latency` calls `on_run`: each round, and each counted profiled run."""
-    return warmup + runs * (2 + eager + _has_fp32(artifact))
+    return warmup + runs * (2 + eager + _has_fp32(artifact, folder))
 
 
 def summarise(times_ms: Sequence[float]) -> LatencyStats:
@@ -218,8 +218,8 @@ def _check(warmup: int, runs: int, threads: int) -> None:
         )
 
 
-def _has_fp32(artifact: Artifact) -> bool:
-    return any(file.role == _FP32_ROLE for file in artifact.files)
+def _has_fp32(artifact: Artifact, folder: Path) -> bool:
+    return any(file.role == _FP32_ROLE and (folder / file.name).is_file() for file in artifact.files)
 
 
 def _contenders(

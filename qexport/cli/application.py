@@ -18,12 +18,14 @@ import typer
 
 import qexport
 from qexport.cli.building import build
+from qexport.cli.bundling import bundle
 from qexport.cli.detecting import detect
 from qexport.cli.doctor import doctor
 from qexport.cli.reporting import report, targets
 from qexport.cli.running import demo, inspect, run
 from qexport.cli.screen import say
 from qexport.cli.stages import bench, calibrate, compare, evaluate, export
+from qexport.cli.verifying import verify
 from qexport.errors import QexportError
 
 INTERRUPTED = 130
@@ -37,7 +39,8 @@ _GROUPS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     ("Whole runs", (run, demo)),
     ("Stage by stage", (inspect, calibrate, export)),
     ("Measure a run", (compare, bench, evaluate)),
-    ("Results and use", (report, build, detect, targets, doctor)),
+    ("For a board and on it", (bundle, build, verify, detect)),
+    ("Results and this machine", (report, targets, doctor)),
 )
 
 

@@ -12,7 +12,11 @@ from qexport.cli import screen
 
 def detect(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="Folder that `qexport export` wrote, RUN/TARGET.")
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT|BUNDLE",
+            help="Folder that `qexport export` wrote, RUN/TARGET; or a bundle, its folder or archive.",
+        ),
     ],
     image: Annotated[
         list[Path],
@@ -42,9 +46,11 @@ def detect(
 ) -> None:
     r"""Run an artifact on images: label, score and box, in pixels of the image.
 
-    ARTIFACT is a folder that `qexport export` wrote; an image of any size is scaled into its frame.
+    ARTIFACT is a folder that `qexport export` wrote; an image of any size is scaled into its frame, its aspect kept.
+    A bundle says itself whether it takes an image of another size.
 
       qexport detect runs/mine/onnx image.jpg
+      qexport detect mine.qbundle image.jpg
       qexport detect runs/mine/onnx photos/ --out drawn/ --score 0.7 --json boxes.jsonl
 
     Needs no PyTorch: pip install 'qexport\[onnx-runtime]' is enough.
@@ -54,9 +60,9 @@ def detect(
     images = detecting.list_images(image)
     drawn = detecting.plan_drawings(images, out) if out is not None else {}
     found = []
-    with screen.progress("detect", len(images)) as step, detecting.open_runner(artifact, threads) as runner:
+    with screen.progress("detect", len(images)) as step, detecting.opened(artifact, threads) as ready:
         for path in images:
-            one = detecting.detect(runner, path.file, minimum_score=score)
+            one = detecting.detect(ready.runner, path.file, minimum_score=score, image_fit=ready.image_fit)
             found.append(one)
             if path in drawn:
                 detecting.save_drawing(one, drawn[path])

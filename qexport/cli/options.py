@@ -345,3 +345,25 @@ ThreadsOfCurve: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+
+_BOARD = "On a board"
+MeasurementFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        rich_help_panel=_BOARD,
+        help="Of a bundle: where the measurement goes. Default: measurement.json.",
+        show_default=False,
+    ),
+]
+MeasuredOnOption: TypeAlias = Annotated[
+    Literal["device", "host", "emulated"] | None,
+    typer.Option(
+        "--measured-on",
+        rich_help_panel=_BOARD,
+        help="Of a bundle: what the figures are marked as. Default: device on an Arm board with a device tree, host on "
+        "other processors.",
+        show_default=False,
+    ),
+]

@@ -28,7 +28,8 @@ def report(
             "--merge",
             metavar="FILE...",
             show_default=False,
-            help="Files of one measurement that a board made, all that follow: what deploy/jetson/measure.sh wrote.",
+            help="Files of one measurement that a board made, all that follow: what `qexport bench BUNDLE` or "
+            "deploy/jetson/measure.sh wrote there.",
         ),
     ] = None,
 ) -> None:
@@ -37,9 +38,10 @@ def report(
     A stage that has not run is named in the report, with its command. Nothing is measured here.
 
     What was measured on a board is merged: its latency stands in the report beside the parity verdict, marked as
-    the device's, under the same module paths. Files of another engine are refused.
+    the device's, under the same module paths. Files of another engine or artifact are refused.
 
       qexport report runs/mine
+      qexport report runs/mine --merge measurement.json
       qexport report runs/mine --merge results/times.json results/profile.json results/layers.json results/board.json
       qexport report runs/min-max runs/mse --out runs/compared
     """

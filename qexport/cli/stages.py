@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from qexport.cli import options, screen, tables
+from qexport.cli.measuring import measure_bundle
 from qexport.errors import QexportError, RunFolderError
 
 if TYPE_CHECKING:
@@ -113,8 +114,18 @@ def compare(
 
 
 def bench(
-    run: options.Run,
-    target: options.OneTarget,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|BUNDLE", help="Folder of a run; or a bundle, its folder or archive: on a board."
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="NAME", show_default=False, help="Of a run: which target. A bundle has one."
+        ),
+    ] = None,
     runs: options.Runs = 30,
     warmup: options.Warmup = 3,
     threads: options.Threads = 1,
@@ -122,14 +133,36 @@ def bench(
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what this machine has measured before.")
     ] = False,
+    out: options.MeasurementFile = None,
+    measured_on: options.MeasuredOnOption = None,
 ) -> None:
     """Measure latency, whole and by layer, beside PyTorch and the same runtime in float32; and peak memory.
 
-    The three run in turns, one frame at a time. The parity verdict stands beside every figure.
+    The contenders run in turns, one frame at a time. The parity verdict stands beside every figure.
+
+    Of a bundle, on a board: no PyTorch; the golden frames are verified first, temperature, clock and throttling are
+    read before and after, and all is written for `qexport report RUN --merge`.
 
       qexport bench runs/mine --target onnx --runs 100 --threads 2
+      qexport bench mine.qbundle --runs 100 --out measurement.json
     """
-    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+    from qexport.bundle import is_bundle  # noqa: PLC0415 - `--help` needs none of it
+
+    _check_bench_options(
+        is_bundle(run), run, target, of_run=again, of_bundle=out is not None or measured_on is not None
+    )
+    if target is None:
+        measure_bundle(
+            run,
+            out or Path("measurement.json"),
+            runs=runs,
+            warmup=warmup,
+            threads=threads,
+            min_accounted=min_accounted,
+            given=measured_on,
+        )
+        return
+    from qexport import pipeline  # noqa: PLC0415 - a board has no need of it
 
     pipeline.check_targets([target])
     work = _resume(run, {"min_accounted": min_accounted})
@@ -137,6 +170,22 @@ def bench(
     screen.show_table(tables.latency_table(work.path, target))
     screen.show(f"wrote {work.path / target / 'latency.json'}")
     tables.require_gates(profile.gates)
+
+
+def _check_bench_options(
+    bundle: bool, path: Path, target: str | None, *, of_run: bool, of_bundle: bool
+) -> None:
+    """Refuse options that nobody would look at."""
+    if bundle and (target is not None or of_run):
+        raise QexportError(
+            f"{path} is a bundle: it has one target and keeps no results. Leave --target and --again out."
+        )
+    if not bundle and target is None:
+        raise QexportError(f"--target is missing: which target of the run {path}? Only a bundle needs none.")
+    if not bundle and of_bundle:
+        raise QexportError(
+            "--out and --measured-on are for a bundle; what is measured of a run lies in its folder. Leave them out."
+        )
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from qexport.artifact import Artifact, InputSpec, Rung, load_artifact
 from qexport.detections import Detections
-from qexport.errors import DatasetError
+from qexport.errors import ArtifactError, DatasetError
 from qexport.layers import Kind
 from qexport.runtimes.preprocess import normalised_image
 
@@ -65,6 +65,9 @@ class Runner(ABC):
         artifact: the artifact's folder, its manifest or a file in it.
         role: which file, `int8` or its float baseline `fp32`.
         threads: threads of the runtime.
+
+    Raises:
+        ArtifactError: the artifact is missing or edited, has no such file, or it was left out.
     """
 
     rung: ClassVar[Rung] = "run"
@@ -75,6 +78,11 @@ class Runner(ABC):
         self.artifact, self.folder = load_artifact(artifact)
         self.role = role
         self.path = self.folder / self.artifact.file(role).name
+        if not self.path.is_file():
+            raise ArtifactError(
+                f"{self.path}: the {role} file was left out of this folder. Take it along: "
+                "qexport bundle RUN --with-baseline"
+            )
         self.threads = threads
 
     def __enter__(self) -> Self:
