@@ -12,6 +12,7 @@ import qexport
 from qexport.artifact import Artifact, TensorSite, describe_file, save_artifact
 from qexport.encodings import Encodings
 from qexport.files import sha256_json, whole_file
+from qexport.plugins.adaptive_avg_pool import ONNX_RUNTIME
 from qexport.plugins.onnx import nms, normalised_image, roi_align
 from qexport.plugins.onnx.base_graph import BaseGraph, export_base_graph, quantizers_in_order
 from qexport.plugins.onnx.integer_kernels import (
@@ -25,6 +26,7 @@ from qexport.plugins.onnx.integer_roi_align import ChannelsLast, lower_to_intege
 from qexport.plugins.onnx.names import name_all
 from qexport.plugins.onnx.placeholders import NMS_MASK, NORMALISED_IMAGE, ROI_ALIGN
 from qexport.plugins.onnx.readback import read_back
+from qexport.plugins.onnx.split_average_pool import split_average_pools
 from qexport.quantization.graph import argument_node
 from qexport.quantization.reference import QuantizedDetector
 from qexport.target_options import TargetOptions
@@ -60,6 +62,7 @@ def export(
     base = export_base_graph(
         quantized.graph, example, quantizers_in_order(quantized.graph, quantized.quantize_nodes)
     )
+    split_average_pools(base.model, costs=ONNX_RUNTIME)
     zero_point_0 = base.model.clone()
     channels_last = lower_for_integer_kernels(base.model)
     sites = _name(base, quantized, channels_last)
@@ -69,6 +72,7 @@ def export(
     name_all(zero_point_0, {})
     _save(zero_point_0, folder / FILE_NAMES[ZERO_POINT_0])
     fp32 = export_base_graph(quantized.float_graph, example, []).model
+    split_average_pools(fp32, costs=ONNX_RUNTIME)
     lower_standard(fp32)
     name_all(fp32, {})
     _save(fp32, folder / FILE_NAMES[FP32])

@@ -20,6 +20,7 @@ from qexport.plugins.onnx.builder import scalar_of
 from qexport.plugins.onnx.global_average_pool import use_global_average_pool
 from qexport.plugins.onnx.names import mark_paths
 from qexport.plugins.onnx.placeholders import ROI_ALIGN, translation_table
+from qexport.plugins.onnx.split_average_pool import TRANSLATION as ADAPTIVE_POOLS
 from qexport.quantization.graph import is_quantize, site_of
 
 OPSET = 18
@@ -60,7 +61,7 @@ def export_base_graph(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table=translation_table(),
+                custom_translation_table={**translation_table(), **ADAPTIVE_POOLS},
                 input_names=[INPUT],
                 output_names=list(StaticOutput._fields),
                 optimize=True,

@@ -17,9 +17,11 @@ from qexport.quantization.graph import argument_node, op_name, site_of
 def integer(lowering: Lowering, node: Node, activation: str, scale: float) -> Held | None:
     """Write the mean of whole maps of int8 codes; None for another pool."""
     quantizer = lowering.quantizer_behind(node.args[0])
-    if activation or quantizer is None or not _is_global(node):
+    if activation or quantizer is None:
         return None
     source = lowering.codes(quantizer)
+    if not _is_global(node, source):
+        return None
     lowering.go_to(node)
     value = as_map(lowering.build, source)
     shape = (value.shape[0], 1, 1, value.shape[3])
@@ -45,16 +47,14 @@ def real(lowering: Lowering, node: Node) -> Held:
     """
     source = lowering.real(argument_node(node))
     value = as_map(lowering.build, source)
-    if _is_global(node):
+    if _is_global(node, source):
         return _result(lowering, node, Held.map(lowering.build.reduce_mean(value, [1, 2])))
     window, stride = _windows(node, value.shape[1:3])
     return Held.map(lowering.build.average_pool(value, window, stride))
 
 
-def _is_global(node: Node) -> bool:
-    source = argument_node(node).meta["val"].shape
-    result = node.meta["val"].shape
-    return len(source) == 4 and math.prod(result[2:]) == 1
+def _is_global(node: Node, source: Held) -> bool:
+    return len(source.shape) == 4 and math.prod(node.meta["val"].shape[2:]) == 1
 
 
 def _result(lowering: Lowering, node: Node, held: Held) -> Held:
