@@ -172,6 +172,30 @@ def tensorrt_export(
 
 
 @pytest.fixture(scope="session")
+def tensorrt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with scenes in `data`, a finished run of target tensorrt in `mine`, and what it printed."""
+    from cli_fixtures import DETECTOR, MEASURED, call
+
+    from qexport.detectors.demo.scenes import write_scenes
+    from qexport.runtimes.tensorrt import has_device
+    from qexport.runtimes.tensorrt_library import RTX, installed_flavour
+
+    if installed_flavour() != RTX or has_device():
+        pytest.skip(
+            "needs the builder that works without a GPU, and no GPU: pip install 'qexport[tensorrt-cpu]'"
+        )
+    folder = tmp_path_factory.mktemp("tensorrt-run")
+    write_scenes(folder / "data", train=4, val=2, test=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "200")
+        answer = call("run", *DETECTOR, "--target", "tensorrt", "--out", "mine", *MEASURED)
+    assert answer.code == 0, answer.err
+    (folder / "answer.txt").write_text(answer.out)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bccd() -> Bccd:
     """The real detector and data set, which are not part of the repository."""
     from qexport.detectors.load import load_detector

@@ -33,7 +33,7 @@ __all__ = ["copied", "place"]
 SHARED = Path(__file__).parents[2] / "shared"
 COMMANDS = (
     *("run", "demo", "inspect", "calibrate", "export", "compare"),
-    *("bench", "evaluate", "report", "detect", "targets"),
+    *("bench", "evaluate", "report", "build", "detect", "targets", "doctor"),
 )
 
 
@@ -55,7 +55,8 @@ def test_help_of_a_command_teaches_by_example(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["run", "inspect"])
 def test_help_says_that_a_model_file_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "240")
-    assert "Your file is run, with your rights" in call(name, "--help").out
+    words = " ".join(call(name, "--help").out.replace("│", " ").split())
+    assert "Your file is run, with your rights" in words
 
 
 def test_unknown_command_leaves_with_2_and_suggests_one() -> None:
