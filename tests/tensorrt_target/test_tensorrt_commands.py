@@ -6,12 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
-from cli_fixtures import DETECTOR, MEASURED, call, edit_json, spawn, touched
+from cli_fixtures import DETECTOR, MEASURED, call, spawn, touched
+from tensorrt_models import edited_manifest
 from test_cli_errors import HIDE
 
 from qexport.artifact import load_artifact
 from qexport.engines import FOLDER, load_engines
+from qexport.errors import ExportError
 
 EVERY_TENSORRT = "tensorrt,tensorrt_rtx_bindings"
 FROM_TORCH2TRT = "git clone https://github.com/NVIDIA-AI-IOT/torch2trt"
@@ -142,8 +145,9 @@ def test_build_of_a_file_that_was_changed_is_refused(copied: Path) -> None:
     assert "changed after export" in " ".join(answer.err.split())
 
 
-def test_build_of_a_target_without_engines_says_so(demo_artifact: Path) -> None:
-    answer = call("build", demo_artifact)
+def test_build_of_a_target_without_engines_says_so(copied: Path) -> None:
+    edited_manifest(copied / "mine/tensorrt", lambda made: msgspec.structs.replace(made, target="onnx"))
+    answer = call("build", "mine/tensorrt")
     assert answer.code == 2
     assert "target onnx has no engines" in " ".join(answer.err.split())
 
@@ -209,12 +213,20 @@ def test_option_of_a_target_is_refused_before_any_work(option: str, said: str, c
     assert (copied / "mine/run.json").read_bytes() == record
 
 
-def test_option_that_was_given_stands_in_the_record_and_makes_the_stage_stale(copied: Path) -> None:
-    answer = call("export", "mine", "--target", "tensorrt", "-O", "tensorrt.nms=layer")
-    assert answer.code == 1  # this library has no such layer
-    assert "-O tensorrt.nms=loop" in " ".join(answer.err.split())
+def test_export_that_fails_leaves_no_artifact_and_its_options_in_the_record(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(quantized: object, encodings: object, folder: Path, *, labels: object, options: object) -> None:
+        (folder / "detector.int8.onnx").write_bytes(b"of the new artifact")
+        raise ExportError(f"nothing was built with {options}")
+
+    monkeypatch.setattr("qexport.exporters.tensorrt.export", fail)
+    answer = call("export", "mine", "--target", "tensorrt", "-O", "tensorrt.weights=int8")
+    assert answer.code == 1
+    assert "weights='int8'" in answer.err
     record = json.loads((copied / "mine/run.json").read_bytes())
-    assert record["settings"]["target_options"] == ["tensorrt.nms=layer"]
+    assert record["settings"]["target_options"] == ["tensorrt.weights=int8"]
+    # The files of the old artifact were replaced in part: there is none any more, and a command that makes one.
     answer = call("compare", "mine", "--target", "tensorrt")
     assert answer.code == 2
     assert "qexport export mine --target tensorrt" in " ".join(answer.err.split())
@@ -226,27 +238,6 @@ def test_targets_list_what_each_target_can_choose(monkeypatch: pytest.MonkeyPatc
     row = next(line for line in out.splitlines() if line.startswith(" tensorrt.roi_align"))
     assert row.split()[1] == "auto"
     assert "torch2trt.workspace_mb" in out
-
-
-# Edited runs
-
-
-def test_declaration_that_was_taken_out_of_the_artifact_fails_the_gate_and_names_the_layer(
-    copied: Path,
-) -> None:
-    dropped: list[str] = []
-
-    def undeclare(artifact: dict[str, list[dict[str, str]]]) -> None:
-        dropped.append(artifact["unquantized"].pop(0)["key"])
-
-    edit_json(copied / "mine/tensorrt/artifact.json", undeclare)
-    answer = call("compare", "mine", "--target", "tensorrt")
-    assert answer.code == 1
-    assert f"({dropped[0].partition('@')[0]})" in answer.err
-    assert "unmatched layers: 1 of" in answer.err
-    verdict = call("report", "mine")
-    assert verdict.code == 0
-    assert "Gate failed on tensorrt: unmatched layers" in page(copied / "mine")
 
 
 def test_exported_artifact_has_the_files_of_the_run(tensorrt_run: Path) -> None:
