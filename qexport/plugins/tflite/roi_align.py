@@ -89,8 +89,7 @@ def _pool(
     pooled = []
     for start in range(0, pooling.proposals, chunk):
         first, last = start * bins, min(start + chunk, pooling.proposals) * bins
-        taken = build.gather(table, build.slice(index, [first * taps], [last * taps], [0]))
-        taken = build.reshape(taken, [last - first, taps, pooling.channels])
+        taken = build.gather(table, build.slice(index, [first], [last], [0]))
         values = build.dequantize(taken) if integers else taken
         weighed = build.mul(values, build.slice(weights, [first], [last], [0]))
         total = build.reduce("SUM", weighed, [1], keep=False)
@@ -152,10 +151,10 @@ class RowSampler(Sampler[Value]):
         return build.reshape(build.concat(pairs, 2), [self._pooling.proposals, 2 * samples])
 
     def index(self, x: _Axis, y: _Axis) -> Value:
-        """Return the table row of every neighbour of every bin, (R * bins * taps * taps,) int32."""
+        """Return the table row of every neighbour of every bin, (R * bins, taps * taps) int32."""
         build = self._build
         row = build.add(build.mul(y.row, self._width), self._first_row)
-        return build.reshape(build.add(self._down(row), self._across(x.row)), [-1])
+        return build.reshape(build.add(self._down(row), self._across(x.row)), [-1, self._taps**2])
 
     def weights(self, x: _Axis, y: _Axis, relative: Sequence[float]) -> Value:
         """Return the weight of every neighbour of every bin, (R * bins, taps * taps, 1).
