@@ -141,6 +141,10 @@ class Runner(ABC):
 class ProfilingRunner(Runner):
     """A runtime that times its own kernels."""
 
+    def profile_refusal(self) -> str:
+        """Return why kernels cannot be timed here, with what helps; empty where they can."""
+        return ""
+
     @abstractmethod
     def profile(self, array: NDArray[np.generic], *, warmup: int, runs: int) -> list[ProfiledRun]:
         """Run with every kernel timed."""
