@@ -4,9 +4,9 @@
     python tools/bench.py --run runs/my-detector                      a finished run of `qexport run`
     python tools/bench.py --model model.py:build --weights w.pt --data dataset
 
-Four contenders take turns on the same frames, frame in to boxes out: PyTorch eager, torchvision's own ONNX
-export in ONNX Runtime, ONNX Runtime's `quantize_static` of that export, and the artifact. Prints what it
-finds and writes it to OUT/bench.md and OUT/bench.json.
+All take turns on the same frames, frame in to boxes out: PyTorch eager, torchvision's own ONNX export in ONNX
+Runtime, ONNX Runtime's `quantize_static` of that export, and our artifacts: ONNX in int8, TFLite in int8 and in
+float32. Prints what it finds and writes it to OUT/bench.md and OUT/bench.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ import msgspec
 import numpy as np
 from bench_also import measure_also
 from bench_cost import measure_cost
-from bench_report import CONTENDERS, EAGER, OURS, RECIPE, TORCHVISION, Bench, Turns, as_markdown
+from bench_report import (
+    EAGER,
+    FP32_TFLITE,
+    OURS,
+    OURS_TFLITE,
+    RECIPE,
+    TORCHVISION,
+    Bench,
+    Profiled,
+    Turns,
+    as_markdown,
+)
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -39,13 +50,19 @@ from qexport.detections import Detections
 from qexport.detectors.demo.scenes import write_scenes
 from qexport.errors import QexportError
 from qexport.files import sha256_json, write_bytes, write_json
+from qexport.layers import Layer
 from qexport.pipeline import Work
 from qexport.results import AccuracyReport
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.runtimes.runner import ProfilingRunner
+from qexport.runtimes.tflite import TfliteRunner
 from qexport.settings import Settings
 from qexport.versions import package_versions
 
-TARGET = "onnx"
+TARGET, TFLITE = "onnx", "tflite"
+RUNNERS = {TARGET: OnnxRunner, TFLITE: TfliteRunner}
+ARTIFACTS = {OURS: (TARGET, "int8"), OURS_TFLITE: (TFLITE, "int8"), FP32_TFLITE: (TFLITE, "fp32")}
+"""Target and role of each contender of ours."""
 
 Frame = NDArray[np.uint8]
 
@@ -104,14 +121,17 @@ def _options() -> argparse.Namespace:
 def _work(options: argparse.Namespace) -> Work:
     """Return a run that holds an artifact, made now where it is not there."""
     if options.run:
-        return pipeline.resume(options.run)
+        work = pipeline.resume(options.run)
+        pipeline.export(work, TFLITE)
+        return work
     model, data = options.model, options.data
     if model is None:
         model, data = "demo", str(options.out / "scenes")
         write_scenes(Path(data))
     work = pipeline.start(options.out / "run", Settings(model=model, weights=options.weights, data=data))
     pipeline.calibrate(work)
-    pipeline.export(work, TARGET)
+    for target in (TARGET, TFLITE):
+        pipeline.export(work, target)
     return work
 
 
@@ -141,7 +161,7 @@ def _peers(work: Work, out: Path, console: Console) -> dict[str, Path]:
 
 def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace, console: Console) -> Bench:
     parity = pipeline.compare(work, TARGET).gates
-    artifact, folder = work.artifact(TARGET)
+    artifact = work.artifact(TARGET)[0]
     frames = [np.array(frame) for frame in work.subject.frames(work.subject.parity_samples())]
     turns = tuple(
         _take_turns(work, peers, frames, threads=threads, options=options, console=console)
@@ -158,7 +178,10 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
         turns=turns,
         sizes_bytes={
             **{name: path.stat().st_size for name, path in peers.items()},
-            OURS: (folder / artifact.file("int8").name).stat().st_size,
+            **{
+                name: work.artifact(target)[0].file(role).size_bytes
+                for name, (target, role) in ARTIFACTS.items()
+            },
         },
         accuracy=None,
         cost=measure_cost(work, TARGET),
@@ -185,34 +208,45 @@ def _take_turns(
     console: Console,
 ) -> Turns:
     """Run every contender in turns; in each round all see the same frame, in the next round the next."""
-    _, folder = work.artifact(TARGET)
     module = work.subject.loaded.module
     with ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
-        ours = stack.enter_context(OnnxRunner(folder, threads=threads))
+        ours = {
+            name: stack.enter_context(RUNNERS[target](work.path / target, role=role, threads=threads))
+            for name, (target, role) in ARTIFACTS.items()
+        }
         infer: dict[str, Callable[[Frame], object]] = {
             EAGER: lambda frame: infer_eager(module, frame),
             **{name: Peer(path, threads=threads).infer for name, path in peers.items()},
-            OURS: ours.infer,
+            **{name: runner.infer for name, runner in ours.items()},
         }
         progress = stack.enter_context(Progress(console=console, transient=True))
         task = progress.add_task(f"{threads} threads", total=options.warmup + options.runs)
         times = interleave(
-            {name: _on_next(infer[name], frames) for name in CONTENDERS},
+            {name: _on_next(run, frames) for name, run in infer.items()},
             warmup=options.warmup,
             runs=options.runs,
             settle_s=SETTLE_S,
             on_run=lambda: progress.advance(task),
         )
         layers = pipeline.inspect(work).layers
-        profile = profile_artifact(ours, frames[0], layers, warmup=options.warmup, runs=options.runs)
+        profiles = {name: _profile(ours[name], frames[0], layers, options) for name in (OURS, OURS_TFLITE)}
     return Turns(
         threads=threads,
         stats={name: summarise(values) for name, values in times.items()},
-        faster_than_eager={name: ratio_of_medians(times[EAGER], times[name]) for name in CONTENDERS},
-        ours_faster_than={name: ratio_of_medians(times[name], times[OURS]) for name in CONTENDERS},
+        faster_than_eager={name: ratio_of_medians(times[EAGER], times[name]) for name in times},
+        ours_faster_than={name: ratio_of_medians(times[name], times[OURS]) for name in times},
         times_ms=times,
-        layers=build_rows(profile.paths, layers, ours.kind_of, eager=None, fp32=None),
+        profiles=profiles,
+    )
+
+
+def _profile(
+    runner: ProfilingRunner, frame: Frame, layers: Sequence[Layer], options: argparse.Namespace
+) -> Profiled:
+    profile = profile_artifact(runner, frame, layers, warmup=options.warmup, runs=options.runs)
+    return Profiled(
+        layers=build_rows(profile.paths, layers, runner.kind_of, eager=None, fp32=None),
         accounted_share=profile.accounted_share,
     )
 
@@ -225,22 +259,25 @@ def _on_next(infer: Callable[[Frame], object], frames: Sequence[Frame]) -> Calla
 
 def _accuracy(work: Work, peers: Mapping[str, Path], console: Console) -> AccuracyReport:
     """Measure the mAP of every contender on the evaluation split."""
-    _, folder = work.artifact(TARGET)
     dataset = work.subject.evaluation
     found: dict[str, list[Detections]] = {}
     with ExitStack() as stack:
         sources: dict[str, detect.Detect] = {
             EAGER: stack.enter_context(detect.eager(work.subject.loaded)),
             **{name: Peer(path, threads=1).infer for name, path in peers.items()},
-            OURS: stack.enter_context(OnnxRunner(folder)).infer,
+            **{
+                name: stack.enter_context(RUNNERS[target](work.path / target)).infer
+                for name, (target, role) in ARTIFACTS.items()
+                if role == "int8"
+            },
         }
         progress = stack.enter_context(Progress(console=console, transient=True))
-        for name in CONTENDERS:
+        for name, source in sources.items():
             task = progress.add_task(f"mAP of {name}", total=len(dataset.samples))
             images = detect.over(
                 dataset,
                 work.subject.frame_px,
-                sources[name],
+                source,
                 on_image=lambda task=task: progress.advance(task),  # type: ignore[misc]
             )
             found[name] = [detect.to_arrays(image) for image in images]

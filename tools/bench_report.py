@@ -14,7 +14,15 @@ from qexport.results import AccuracyReport, Gate, LatencyStats, LayerLatency, Ma
 
 # The first is what accuracy is compared with, so it bears the name that qexport.benchmarks.accuracy expects.
 EAGER, TORCHVISION, RECIPE, OURS = "eager", "torchvision ONNX", "quantize_static", "qexport"
-CONTENDERS = (EAGER, TORCHVISION, RECIPE, OURS)
+OURS_TFLITE, FP32_TFLITE = "qexport tflite", "qexport tflite fp32"
+
+
+class Profiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An artifact of ours layer by layer, profiled on the first frame."""
+
+    layers: tuple[LayerLatency, ...]
+    accounted_share: float
+    """Sum of the layers over the profiled run, less the profiler's own time between kernels."""
 
 
 class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -26,10 +34,8 @@ class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ours_faster_than: dict[str, Ratio]
     times_ms: dict[str, list[float]]
     """Every counted run, in order: the n-th of each were timed in the same round."""
-    layers: tuple[LayerLatency, ...]
-    """The artifact by module path, profiled on the first frame."""
-    accounted_share: float
-    """Sum of the layers over the profiled run, less the profiler's own time between kernels."""
+    profiles: dict[str, Profiled]
+    """By contender, those of ours."""
 
 
 class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,7 +73,9 @@ def as_markdown(bench: Bench) -> str:
         f"Artifact {bench.artifact_sha256[:12]}. Parity: {parity}.",
     ]
     for turns in bench.turns:
-        lines += ["", *_latency(turns), "", *_stages(turns)]
+        lines += ["", *_latency(turns)]
+        for name, profiled in turns.profiles.items():
+            lines += ["", *_stages(turns, name, profiled)]
     lines += ["", "## Size", ""]
     sizes = [[name, f"{size / 1e6:.1f}"] for name, size in bench.sizes_bytes.items()]
     lines += _table(["file", "MB"], sizes)
@@ -82,8 +90,7 @@ def as_markdown(bench: Bench) -> str:
 
 def _latency(turns: Turns) -> list[str]:
     rows = []
-    for name in CONTENDERS:
-        stats = turns.stats[name]
+    for name, stats in turns.stats.items():
         times = (stats.p50_ms, stats.min_ms, stats.p90_ms, stats.std_ms)
         ours = "" if name == OURS else _ratio(turns.ours_faster_than[name])
         rows.append([name, *(f"{time:.1f}" for time in times), _ratio(turns.faster_than_eager[name]), ours])
@@ -97,8 +104,8 @@ def _latency(turns: Turns) -> list[str]:
     ]
 
 
-def _stages(turns: Turns) -> list[str]:
-    layers = turns.layers
+def _stages(turns: Turns, name: str, profiled: Profiled) -> list[str]:
+    layers = profiled.layers
     whole_ms = sum(row.artifact_ms for row in layers)
     rows = []
     for stage in STAGES:
@@ -107,12 +114,12 @@ def _stages(turns: Turns) -> list[str]:
     others = sorted((row for row in layers if row.kind != "convolution"), key=lambda row: -row.artifact_ms)
     named = ", ".join(f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms)" for row in others[:2])
     return [
-        f"### Where qexport's time goes, {_threads(turns)}",
+        f"### Where {name}'s time goes, {_threads(turns)}",
         "",
         *_table(["stage", "ms", "%"], rows),
         "",
         f"The largest that are not convolutions: {named}. "
-        f"Kernels add up to {100 * turns.accounted_share:.1f} % of a profiled run, less the profiler's own "
+        f"Kernels add up to {100 * profiled.accounted_share:.1f} % of a profiled run, less the profiler's own "
         "time between kernels.",
     ]
 
