@@ -36,6 +36,11 @@ def merge(path: Path, files: Sequence[Path]) -> Path:
     from qexport.benchmarks.trtexec_profile import latency_profile, read_measurement  # noqa: PLC0415
 
     run = open_run(path)
+    for folder in (file for file in files if file.is_dir()):
+        raise ArtifactError(
+            f"{folder}: is a folder. Give the files of one measurement that lie in it: "
+            f"qexport report {path} --merge {folder}/*.json"
+        )
     bundled = [file for file in files if measured.is_measurement(file)]
     if bundled:
         if len(files) > 1:
