@@ -1,7 +1,7 @@
 """Multi-scale RoIAlign by rows: every sample's four neighbours gathered, weighed and summed in float32.
 
 Integers are gathered as they are, a quarter of the bytes, and become real values in the cache: the proposals are
-taken a few at a time. Measured for 300 proposals of 256 channels, one thread of an x86 processor: 11 ms by tens, 31 ms
+taken a few at a time. Measured for 300 proposals of 256 channels, one thread of an x86 processor: 9 ms by fives, 31 ms
 all at once; with int8 products, which round every one of them, 18 ms at best.
 """
 
@@ -22,7 +22,7 @@ from qexport.plugins.tflite.lowering import Lowering
 from qexport.plugins.tflite.writer import Value
 from qexport.quantization.graph import scale_of, site_of
 
-CHUNK_BYTES = 2 * 2**20
+CHUNK_BYTES = 2**20
 """Gathered int8 rows of one turn: with their real values, few enough to stay in the cache."""
 
 
@@ -86,10 +86,13 @@ def _pool(
     weights = sampler.weights(x, y, [own / largest for own in scales])
     bins, taps = math.prod(pooling.output_size), weights.shape[1]
     chunk = max(1, CHUNK_BYTES // (bins * taps * pooling.channels))
-    pooled = []
+    pooled: list[Value] = []
     for start in range(0, pooling.proposals, chunk):
         first, last = start * bins, min(start + chunk, pooling.proposals) * bins
-        taken = build.gather(table, build.slice(index, [first], [last], [0]))
+        own = build.slice(index, [first], [last], [0])
+        if pooled:
+            own = build.add(own, _nothing(build, pooled[-1]))
+        taken = build.gather(table, own)
         values = build.dequantize(taken) if integers else taken
         weighed = build.mul(values, build.slice(weights, [first], [last], [0]))
         total = build.reduce("SUM", weighed, [1], keep=False)
@@ -97,6 +100,16 @@ def _pool(
     whole = build.concat(pooled, 0) if len(pooled) > 1 else pooled[0]
     height, width = pooling.output_size
     return Held.map(build.reshape(whole, [pooling.proposals, height, width, pooling.channels]))
+
+
+def _nothing(build: TfliteBuilder, after: Value) -> Value:
+    """Return int32 zero, (1, 1), that is known only after another value is.
+
+    TFLite would do every gather before it hands the rest to XNNPACK in one piece, and hold 60 MB of rows for it. This
+    way a turn ends before the next begins: 9 ms in place of 12, and 50 MB less.
+    """
+    one = build.slice(after, [0, 0], [1, 1], [0, 1])
+    return build.cast(build.less(one, one), np.int32)
 
 
 def _asked(node: Node, features: Sequence[Held], proposals: int) -> tuple[Pooling, tuple[int, int]]:
