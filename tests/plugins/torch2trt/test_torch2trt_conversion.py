@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from qexport.plugins.torch2trt.dotted import exists, lookup
 from qexport.plugins.torch2trt.interface import TRT_TENSOR, ConversionContext, give
 from qexport.plugins.torch2trt.registry import converters
 from qexport.runtimes.tensorrt_library import load_library
+from qexport.versions import is_importable
 
 X = torch.linspace(-4, 4, 24).reshape(1, 4, 6)
 
@@ -249,14 +249,14 @@ def test_compatibility_of_a_tensorrt_that_lacks_nothing_touches_nothing() -> Non
 
 
 def test_conversion_without_torch2trt_raises_error_that_says_how_to_get_it() -> None:
-    if importlib.util.find_spec("torch2trt") is not None:
+    if is_importable("torch2trt"):
         pytest.skip("torch2trt is here")
     with pytest.raises(TargetUnavailable, match="NVIDIA-AI-IOT/torch2trt"):
         import_torch2trt()
 
 
 def test_real_torch2trt_imported_leaves_no_alias_of_tensorrt() -> None:
-    if importlib.util.find_spec("torch2trt") is None:
+    if not is_importable("torch2trt"):
         pytest.skip("torch2trt is not here: make torch2trt-check TORCH2TRT=path/to/checkout")
     module = import_torch2trt()
     assert module.ConversionContext.__module__ == "torch2trt.torch2trt"

@@ -6,7 +6,6 @@ nothing else of torch2trt is needed is what running both shows: `make torch2trt-
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from qexport.plugins.torch2trt.registration import Family, Operator
 from qexport.plugins.torch2trt.registry import converters
 from qexport.runtimes.tensorrt_library import load_library, network_flags
 from qexport.runtimes.tensorrt_network import Network, read_network
+from qexport.versions import is_importable
 
 REQUIRED = "QEXPORT_REQUIRE_TORCH2TRT"
 """Set by `make torch2trt-check`: then the double is no substitute."""
@@ -34,7 +34,7 @@ def has_torch2trt() -> bool:
     Raises:
         RuntimeError: it has to be, and is not.
     """
-    there = importlib.util.find_spec("torch2trt") is not None
+    there = is_importable("torch2trt")
     if not there and os.environ.get(REQUIRED):
         raise RuntimeError("torch2trt is not importable: make torch2trt-check TORCH2TRT=path/to/checkout")
     return there
