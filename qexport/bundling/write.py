@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import msgspec
 
 import qexport
 from qexport.archive import SUFFIX, write_archive
@@ -27,25 +25,19 @@ from qexport.bundle import (
     SUMS,
     BundleFile,
     BundleManifest,
-    GoldenFrame,
     ImageFit,
     is_bundle,
     sums_of,
 )
+from qexport.bundling.golden_frames import golden_samples, write_golden
 from qexport.bundling.verdicts import gates_of, verdicts_of
 from qexport.bundling.wheel import build_wheel
-from qexport.dataset import load_dataset
 from qexport.devices import has_device
 from qexport.encodings import load_encodings
-from qexport.errors import BundleError, DatasetError, RunFolderError, TargetUnavailable
+from qexport.errors import BundleError, RunFolderError, TargetUnavailable
 from qexport.files import read_json, sha256_file, sha256_json, write_bytes, write_json
-from qexport.frames import read_sample
-from qexport.golden import by_key, digest, save_arrays, save_frame, tensors_of
 from qexport.layers import DetectorReport
 from qexport.run_folder import RunFolder, open_run
-from qexport.runtimes.runner import OUTPUTS, Runner
-from qexport.samples import Dataset, Sample
-from qexport.subject import evaluation_split
 from qexport.target import Target, find_target
 from qexport.target_options import BuildOptions
 from qexport.verifying import versions_here
@@ -100,41 +92,56 @@ def write_bundle(
     found, run = _bundled_target(target), open_run(path)
     artifact, source = _artifact_of(run, target)
     verdicts, gates = verdicts_of(run, artifact), gates_of(run, artifact)
+    detector = read_json(
+        run.require("detector.json", f"qexport inspect {path}"), DetectorReport, RunFolderError
+    )
+    encodings = load_encodings(run.file("encodings.json"))
     _require_free(out)
-    samples, dataset = _golden_samples(run, artifact, frames)
+    samples, dataset = golden_samples(run, frames)
     with _replaced(out) as folder:
         _copy_artifact(artifact, source, folder / ARTIFACT, baseline=baseline)
-        detector = read_json(
-            run.require("detector.json", f"qexport inspect {path}"), DetectorReport, RunFolderError
-        )
         write_json(folder / LAYERS, detector.layers)
-        golden = _write_golden(found, samples, dataset, folder, on_step)
-        (folder / "wheel").mkdir()
+        golden = write_golden(found, samples, dataset, folder, on_step)
         wheel = build_wheel(folder / "wheel").relative_to(folder).as_posix()
         _write_install(folder / INSTALL, wheel, found.extra["run"])
-        manifest = BundleManifest(
-            qexport_version=qexport.__version__,
-            target=target,
-            artifact_sha256=artifact.sha256,
-            detector_sha256=artifact.detector_sha256,
-            encodings_sha256=artifact.encodings_sha256,
-            encodings_rows_sha256=load_encodings(run.file("encodings.json")).rows_sha256,
-            labels=artifact.labels,
-            input=artifact.input,
-            image_fit=image_fit,
-            versions=versions_here(target),
-            verdicts=verdicts,
-            gates=gates,
-            golden=golden,
-            wheel=wheel,
-            extra=found.extra["run"],
-            files=_describe_files(folder),
+        manifest = seal(
+            folder,
+            BundleManifest(
+                qexport_version=qexport.__version__,
+                target=target,
+                artifact_sha256=artifact.sha256,
+                detector_sha256=artifact.detector_sha256,
+                encodings_sha256=artifact.encodings_sha256,
+                encodings_rows_sha256=encodings.rows_sha256,
+                labels=artifact.labels,
+                input=artifact.input,
+                image_fit=image_fit,
+                versions=versions_here(target),
+                verdicts=verdicts,
+                gates=gates,
+                golden=golden,
+                wheel=wheel,
+                extra=found.extra["run"],
+                files=(),
+            ),
         )
-        sha256 = sha256_file(write_json(folder / MANIFEST, manifest))
-        write_bytes(folder / SUMS, sums_of(manifest, sha256))
     archive = write_archive(out, [MANIFEST, SUMS, *(file.name for file in manifest.files)], archive_of(out))
     on_step()
     return WrittenBundle(out, archive, manifest)
+
+
+def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
+    """Write a bundle's manifest and its sums over the files that lie in its folder; return the manifest."""
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = tuple(
+        BundleFile(name=name, sha256=sha256_file(folder / name), size_bytes=(folder / name).stat().st_size)
+        for name in sorted(there)
+        if name not in (MANIFEST, SUMS)
+    )
+    sealed = msgspec.structs.replace(manifest, files=files)
+    sha256 = sha256_file(write_json(folder / MANIFEST, sealed))
+    write_bytes(folder / SUMS, sums_of(sealed, sha256))
+    return sealed
 
 
 def archive_of(out: Path) -> Path:
@@ -179,20 +186,6 @@ def _require_free(out: Path) -> None:
         raise RunFolderError(f"{out} is there and is no bundle. Choose another --out.")
 
 
-def _golden_samples(run: RunFolder, artifact: Artifact, count: int) -> tuple[list[Sample], Dataset]:
-    """Return images of the evaluation split at equal distances, those with objects where there are any."""
-    settings = run.settings
-    classes = settings.classes or artifact.labels[1:]
-    dataset = load_dataset(Path(settings.data), evaluation_split(settings), classes=classes)
-    useful = [sample for sample in dataset.samples if sample.boxes] or list(dataset.samples)
-    if count < 1 or count > len(useful):
-        raise DatasetError(
-            f"{dataset.root}: {count} golden frames asked for; split {dataset.split!r} has {len(useful)} images, and "
-            "at least one is needed."
-        )
-    return [useful[(2 * number + 1) * len(useful) // (2 * count)] for number in range(count)], dataset
-
-
 @contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out`; put it in the place of `out` when the block ends without an error."""
@@ -225,54 +218,7 @@ def _copy_artifact(artifact: Artifact, source: Path, folder: Path, *, baseline: 
         write_json(folder / LEFT_OUT, LeftOut(left_out))
 
 
-def _write_golden(
-    target: Target, samples: Sequence[Sample], dataset: Dataset, folder: Path, on_step: Callable[[], None]
-) -> tuple[GoldenFrame, ...]:
-    """Run the frames through the artifact, as it lies in the bundle, and keep what it computes."""
-    runner: type[Runner] = importlib.import_module(f"qexport.runtimes.{target.runtime}").RUNNER
-    golden = []
-    with runner(folder / ARTIFACT) as running:
-        spec = running.artifact.input
-        for number, sample in enumerate(samples):
-            frame = read_sample(sample, (spec.frame_height_px, spec.frame_width_px)).pixels
-            own = folder / "golden" / str(number)
-            save_frame(frame, own / "frame.png")
-            golden.append(
-                _golden_frame(running, frame, own, folder, dataset.name_of(sample), whole=number == 0)
-            )
-            on_step()
-    return tuple(golden)
-
-
-def _golden_frame(
-    running: Runner, frame: NDArray[np.uint8], own: Path, folder: Path, source: str, *, whole: bool
-) -> GoldenFrame:
-    array, sites = running.input_of(frame), running.artifact.sites
-    outputs = running.run(array)
-    inner = by_key(sites, running.run(array, tensors_of(sites)))
-    save_arrays({name: outputs[name] for name in OUTPUTS}, own / "outputs.npz")
-    if whole:
-        save_arrays(inner, own / "sites.npz")
-    place = own.relative_to(folder).as_posix()
-    return GoldenFrame(
-        source=source,
-        frame=f"{place}/frame.png",
-        outputs=f"{place}/outputs.npz",
-        sites=f"{place}/sites.npz" if whole else None,
-        digests={key: digest(tensor) for key, tensor in inner.items()},
-        detections=len(running.detections(outputs)),
-    )
-
-
 def _write_install(path: Path, wheel: str, extra: str) -> None:
     text = (package_files("qexport.bundling") / INSTALL).read_text(encoding="utf-8")
     write_bytes(path, text.replace("@WHEEL@", wheel).replace("@EXTRA@", extra).encode())
     path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-
-
-def _describe_files(folder: Path) -> tuple[BundleFile, ...]:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return tuple(
-        BundleFile(name=name, sha256=sha256_file(folder / name), size_bytes=(folder / name).stat().st_size)
-        for name in names
-    )
