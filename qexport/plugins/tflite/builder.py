@@ -17,11 +17,6 @@ from qexport.plugins.tflite.writer import ModelWriter, Value
 
 TURNS = 16
 """Of a loop that is written out: the longest chain of suppressions that portable NMS follows."""
-ACTIVATIONS = {
-    "": schema.ActivationFunctionType.NONE,
-    "relu": schema.ActivationFunctionType.RELU,
-    "relu6": schema.ActivationFunctionType.RELU6,
-}
 
 
 class TfliteBuilder:

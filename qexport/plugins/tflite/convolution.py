@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from qexport.errors import UnsupportedOperator
-from qexport.plugins.tflite.builder import ACTIVATIONS, TfliteBuilder
+from qexport.plugins.tflite.activations import ACTIVATIONS
+from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.held import Held, as_map
 from qexport.plugins.tflite.lowering import Lowering
 from qexport.plugins.tflite.writer import Value

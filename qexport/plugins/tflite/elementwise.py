@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from torch.fx import Node
 
-from qexport.plugins.tflite.builder import ACTIVATIONS, TfliteBuilder
+from qexport.plugins.tflite.activations import ACTIVATIONS, limits_of
+from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.held import Held, as_held, as_plain
 from qexport.plugins.tflite.lowering import Integer, Lowering, Real
 from qexport.plugins.tflite.writer import Value
@@ -86,9 +87,7 @@ def unary(compute: Unary) -> Real:
 def clamp(lowering: Lowering, node: Node) -> Held:
     """Write values between two numbers."""
     held = lowering.real(argument_node(node))
-    given = {**dict(zip(("min", "max"), node.args[1:], strict=False)), **node.kwargs}
-    low, high = (None if given.get(name) is None else _number(given[name]) for name in ("min", "max"))
-    return _like(held, lowering.build.clip(held.value, low, high))
+    return _like(held, lowering.build.clip(held.value, *limits_of(node)))
 
 
 def where(lowering: Lowering, node: Node) -> Held:

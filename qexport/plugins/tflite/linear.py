@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from qexport.plugins.tflite.builder import ACTIVATIONS
+from qexport.plugins.tflite.activations import ACTIVATIONS
 from qexport.plugins.tflite.held import Held, as_plain
 from qexport.plugins.tflite.lowering import Lowering
 from qexport.plugins.tflite.writer import Value

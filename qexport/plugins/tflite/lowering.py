@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qexport.errors import UnsupportedOperator
+from qexport.plugins.tflite.activations import activation_of
 from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.held import Held
 from qexport.plugins.tflite.writer import ModelWriter, Value
@@ -166,7 +167,7 @@ class Lowering:
             self._go_to(base)
             held = moving(self, base, self._behind)
         elif integer is not None and self._reads_integers(base):
-            held = integer(self, base, "" if base is source else op_name(source), scale)
+            held = integer(self, base, "" if base is source else activation_of(source), scale)
         if held is None:
             real = self.real(source)
             self._go_to(quantizer)

@@ -74,6 +74,7 @@ REAL: dict[str, Real] = {
     "getitem": _getitem,
     "gt": elementwise.binary(TfliteBuilder.greater),
     "hardsigmoid": elementwise.unary(elementwise.hardsigmoid),
+    "hardtanh": elementwise.clamp,
     "hardswish": elementwise.unary(
         lambda build, value: build.unary("HARD_SWISH", value, options="HardSwishOptions")
     ),
