@@ -27,3 +27,9 @@ def runner_for(target: str) -> Any:
     """Return what runs a target here: its runtime, or the evaluation of its network where no device is."""
     where = "runtimes" if has_device(target) else "emulation"
     return importlib.import_module(f"qexport.{where}.{find_target(target).runtime}").RUNNER
+
+
+def runners_for(target: str) -> tuple[Any, ...]:
+    """Return everything that runs a target here: a runtime may have several sets of kernels, the usual one first."""
+    module = importlib.import_module(runner_for(target).__module__)
+    return (module.RUNNER, *getattr(module, "OTHER_RUNNERS", ()))

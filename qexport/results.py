@@ -83,6 +83,23 @@ class StageRecall(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True
     max_score_difference: float | None = None
 
 
+class KernelSetParity(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same file run by another set of kernels of the same runtime, against the same reference."""
+
+    kernels: str
+    """Which, in the runtime's words."""
+    layers: int
+    """That were compared, locally."""
+    values: int
+    differing: int
+    max_step: int
+    culprit: str
+    """Module path of the layer with the largest difference."""
+    detections: int
+    """Of the reference, over all images."""
+    detections_matched: int
+
+
 class ParityReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The three questions of parity, for one target."""
 
@@ -96,6 +113,10 @@ class ParityReport(_Result, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     gates: tuple[Gate, ...]
     rung: Rung = "run"
     """What the comparison stands on: the runtime, or its builder's network evaluated where no device is."""
+    kernels: str = ""
+    """Which kernels ran, where the runtime has several sets of them."""
+    others: tuple[KernelSetParity, ...] = ()
+    """The other sets."""
 
 
 class LatencyStats(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexport.artifact import Artifact
-from qexport.devices import runner_for
+from qexport.devices import runner_for, runners_for
 from qexport.engines import load_engines
 from qexport.errors import RunFolderError
 from qexport.files import read_json, write_json
@@ -92,24 +92,26 @@ def compare_artifact(
         layers: of that detector.
         title: of the progress.
     """
-    from qexport.benchmarks.parity import compare  # noqa: PLC0415 - torch begins here
+    from qexport.benchmarks.parity import compare, with_other_kernels  # noqa: PLC0415 - torch begins here
 
     settings, samples = work.settings, work.subject.parity_samples()
-    with (
-        work.progress(title, len(samples)) as step,
-        runner_for(target)(folder, threads=all_threads()) as runner,
-    ):
-        parity = compare(
-            quantized,
-            runner,
-            layers,
-            work.subject.frames(samples),
-            split=work.subject.evaluation.split,
-            tolerance_steps=settings.tolerance_steps,
-            max_unmatched=settings.max_unmatched,
-            on_image=step,
-        )
-    write_json(folder / "parity.json", parity)
+    kernel_sets = runners_for(target)
+    reports = []
+    with work.progress(title, len(samples) * len(kernel_sets)) as step:
+        for kernels in kernel_sets:
+            with kernels(folder, threads=all_threads()) as runner:
+                report = compare(
+                    quantized,
+                    runner,
+                    layers,
+                    work.subject.frames(samples),
+                    split=work.subject.evaluation.split,
+                    tolerance_steps=settings.tolerance_steps,
+                    max_unmatched=settings.max_unmatched,
+                    on_image=step,
+                )
+            reports.append(report)
+    write_json(folder / "parity.json", with_other_kernels(*reports))
 
 
 def inputs_of_compare(work: Work, artifact: Artifact) -> dict[str, object]:

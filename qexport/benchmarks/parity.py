@@ -28,10 +28,11 @@ from qexport.layers import Layer
 from qexport.quantization.graph import argument_node, scale_of
 from qexport.quantization.local import LocalReference, Recorder, proposals_node
 from qexport.quantization.reference import QuantizedDetector, without_quantizers
-from qexport.results import Gate, LayerParity, ParityReport, ParityStatus
+from qexport.results import Gate, KernelSetParity, LayerParity, ParityReport, ParityStatus
 from qexport.runtimes.runner import Runner, input_of
 
 PROPOSALS = "proposals"
+LAYER_GATE = "layer parity"
 
 
 def compare(
@@ -91,7 +92,35 @@ def compare(
             for gate in _gates(rows, tolerance_steps, max_unmatched, session.probe_differs)
         ),
         rung=runner.rung,
+        kernels=runner.kernel_set,
     )
+
+
+def with_other_kernels(parity: ParityReport, *others: ParityReport) -> ParityReport:
+    """Return a report that also says how other sets of kernels ran the same file; each is a gate of its own."""
+    kept, gates = [], list(parity.gates)
+    for other in others:
+        compared = [row for row in other.layers if row.values]
+        worst = max(compared, key=lambda row: (row.max_step or 0, (row.differing or 0) / row.values))
+        found = next(one for one in other.recalls if (one.stage, one.against) == ("detections", "reference"))
+        kept.append(
+            KernelSetParity(
+                kernels=other.kernels,
+                layers=len(compared),
+                values=sum(row.values for row in compared),
+                differing=sum(row.differing or 0 for row in compared),
+                max_step=worst.max_step or 0,
+                culprit=worst.path,
+                detections=found.boxes,
+                detections_matched=found.matched,
+            )
+        )
+        gates += [
+            msgspec.structs.replace(gate, name=f"{gate.name}, {other.kernels.partition(',')[0]}")
+            for gate in other.gates
+            if gate.name == LAYER_GATE
+        ]
+    return msgspec.structs.replace(parity, others=tuple(kept), gates=tuple(gates))
 
 
 @dataclass(slots=True)
@@ -276,7 +305,7 @@ def _gates(
     share = len(unmatched) / len(quantized)
     return (
         Gate(
-            name="layer parity",
+            name=LAYER_GATE,
             passed=not broken,
             measured=f"{worst.max_step} steps" if worst.max_step != 1 else "1 step",
             limit=f"at most {tolerance_steps} step" + ("s" if tolerance_steps != 1 else ""),

@@ -125,6 +125,11 @@ class Runner(ABC):
             outputs["labels"][:count].astype(np.int64),
         )
 
+    @property
+    def kernel_set(self) -> str:
+        """Which kernels run, where the runtime has several sets of them; asked while it is open."""
+        return ""
+
     @abstractmethod
     def open(self) -> None:
         """Load the file into the runtime."""

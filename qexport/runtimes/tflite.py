@@ -238,3 +238,4 @@ def _as_declared(outputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[n
 
 
 RUNNER = TfliteRunner
+OTHER_RUNNERS = (BuiltinTfliteRunner,)
