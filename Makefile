@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-slow torch2trt-check bench demo format clean
+.PHONY: help install test test-slow torch2trt-check check-arm64 bench demo format clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ torch2trt-check: $(INSTALLED) ## Run every test about torch2trt in the real one:
 	@test -d "$(TORCH2TRT)/torch2trt" || { \
 	    echo "make: TORCH2TRT=$(TORCH2TRT) is no checkout of torch2trt (github.com/NVIDIA-AI-IOT/torch2trt)" >&2; exit 2; }
 	PYTHONPATH="$(abspath $(TORCH2TRT))" QEXPORT_REQUIRE_TORCH2TRT=1 $(BIN)/pytest -k torch2trt
+
+check-arm64: $(INSTALLED) ## Install and verify bundles in an emulated arm64 Debian; options in ARM64="--bundle FILE".
+	$(BIN)/python tools/check_arm64.py $(ARM64)
 
 bench: $(INSTALLED) ## Measure the demo beside its peers, and split pools beside torch's; options in BENCH="--model ... --accuracy".
 	$(BIN)/python tools/bench.py $(BENCH)
