@@ -133,7 +133,8 @@ def describe(report: VerifyReport) -> list[str]:
     runtime = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
         f"{report.verdict}: {len(report.frames)} golden frames, {values} inner tensors and "
-        f"{len(OUTPUTS) * len(report.frames)} outputs; {report.target} with {report.threads} threads on {runtime}"
+        f"{len(OUTPUTS) * len(report.frames)} outputs; {report.target} with {report.threads} thread"
+        f"{'' if report.threads == 1 else 's'} on {runtime}"
     ]
     for frame in report.frames:
         lines += [f"  {frame.source}: {_text(output)}" for output in frame.outputs]

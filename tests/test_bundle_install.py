@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from qexport.bundling import WrittenBundle, wheel
 from qexport.measurement import read_measurement
 
 __all__ = ["bundled", "place", "spoilt"]
+
+BUILD_WHEEL = """
+import sys
+from pathlib import Path
+from qexport.bundling.wheel import build_wheel
+build_wheel(Path(sys.argv[1]))
+"""
 
 
 def install(
@@ -162,5 +170,15 @@ def test_archive_installs_verifies_detects_and_measures_in_an_empty_environment(
     words = ("--runs", "3", "--min-accounted", "0.01", "--measured-on", "host")
     run(python, command, "bench", bundle, *words, cwd=tmp_path)
     assert read_measurement(tmp_path / "measurement.json").golden.startswith("identical")
+    assert re.search(r"installed: \d+ MB", done.stderr)
+    # That installation, which is no checkout, makes the same wheel again.
+    run(python, "-c", BUILD_WHEEL, tmp_path / "again", cwd=tmp_path)
+    with (
+        zipfile.ZipFile(bundle / bundled.manifest.wheel) as first,
+        zipfile.ZipFile(tmp_path / "again" / Path(bundled.manifest.wheel).name) as second,
+    ):
+        assert sorted(first.namelist()) == sorted(second.namelist())
+        changed = [name for name in first.namelist() if first.read(name) != second.read(name)]
+        assert [name for name in changed if not name.endswith("/RECORD")] == []
     # Again, over what is there.
     assert install(bundle, "--python", sys.executable, cwd=tmp_path, timeout=500).returncode == 0

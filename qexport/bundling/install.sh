@@ -106,6 +106,8 @@ pip_install "$here/${wheel}[$extra]" ||
 # A qexport of the same version that was there before may be another.
 pip_install --force-reinstall --no-deps "$here/$wheel" || fail "$FAILED" "pip could not install $here/$wheel"
 
+if [ "$dry_run" = 0 ]; then say "installed: $(du -sm "$venv" | cut -f 1) MB"; fi
+
 if [ "$verify" = 1 ]; then
     run "$venv/bin/qexport" verify "$here" || exit $?
 fi

@@ -80,9 +80,10 @@ def _whole_table(measurement: Measurement) -> Table:
         shown = verdict if subject == "artifact" else "baseline"
         table.add_row(subject, *(f"{time:.2f}" for time in times), peak, shown)
     machine = profile.machine
+    threads = f"{profile.threads} thread{'' if profile.threads == 1 else 's'}"
     table.caption = (
-        f"{machine.processor}, {machine.measured_on}, {profile.threads} threads; layers account for "
-        f"{100 * profile.accounted_share:.1f} %"
+        f"{machine.processor}, {machine.measured_on}, {threads}; "
+        f"layers account for {100 * profile.accounted_share:.1f} %"
     )
     return table
 
