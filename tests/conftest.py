@@ -185,10 +185,11 @@ def tensorrt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "needs the builder that works without a GPU, and no GPU: pip install 'qexport[tensorrt-cpu]'"
         )
     folder = tmp_path_factory.mktemp("tensorrt-run")
-    write_scenes(folder / "data", train=4, val=2, test=4)
+    write_scenes(folder / "data", train=2, val=2, test=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")
+        patch.setattr("os.cpu_count", lambda: 1)  # tests share the machine
         answer = call("run", *DETECTOR, "--target", "tensorrt", "--out", "mine", *MEASURED)
     assert answer.code == 0, answer.err
     (folder / "answer.txt").write_text(answer.out)

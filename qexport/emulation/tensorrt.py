@@ -22,6 +22,7 @@ class EvaluatedRunner(Runner):
 
     rung: ClassVar[Rung] = "built"
     _network: EvaluatedNetwork
+    _threads_before: int
 
     def open(self) -> None:
         """Load the network.
@@ -30,11 +31,13 @@ class EvaluatedRunner(Runner):
             TargetUnavailable: there is no TensorRT to read an ONNX file with.
             ArtifactError: the file is damaged.
         """
-        torch.set_num_threads(self.threads)
         self._network = EvaluatedNetwork(self._read())
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
 
     def close(self) -> None:
-        """Free the network."""
+        """Free the network, and give torch back the threads that it had."""
+        torch.set_num_threads(self._threads_before)
         del self._network
 
     def _read(self) -> Network:

@@ -62,7 +62,10 @@ def test_report_of_such_a_run_says_what_it_stands_on_and_shows_the_engines(tenso
     assert [engine["role"] for engine in timings["engines"]] == ["fp16", "fp32", "int8"]
     text = page(run)
     assert "none: built on a CPU" in text
-    assert "built by NVIDIA" in text or "builder" in text
+    assert "<b>Evidence</b> built without a GPU: NVIDIA&#39;s own builder made the engine" in text
+    assert text.count("<b>Evidence</b>") == 2  # beside the verdict, and above the layers
+    assert "was not measured: the device was not here" in text
+    assert "Peak memory" not in text
     assert f"{load_engines(run / 'tensorrt').engines[0].size_bytes / 1e6:.2f} MB" in text
 
 
