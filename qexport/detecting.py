@@ -1,12 +1,13 @@
-"""Use an artifact: image files in, boxes out, drawn or as JSON. Needs no torch."""
+"""Use an artifact: pictures in, boxes out, drawn or as JSON. Needs no torch."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -15,12 +16,12 @@ from qexport.bundle import ImageFit, is_bundle, open_bundle
 from qexport.drawing import draw_boxes
 from qexport.errors import ArtifactError, DatasetError, RunFolderError
 from qexport.files import json_bytes, whole_file, write_bytes
-from qexport.frames import read_frame, read_image
+from qexport.frames import fit_frame
 from qexport.runtimes.runner import Runner
+from qexport.sources import DRAWN_SUFFIXES, Picture, Source, images_alone
 from qexport.target import TARGETS, find_target
 
-_IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
-_DRAWN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+STANDARD_OUTPUT = Path("-")
 _JPEG_QUALITY = 92
 
 
@@ -34,67 +35,18 @@ class FoundBox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Pixels of the original image."""
 
 
-class FoundImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was found in one image, best first."""
+class FoundImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What was found in one image, or one frame of a video or camera, best first."""
 
     image: str
-    """Its path, as it was given."""
+    """It, or the video or camera, as it was given."""
+    frame: int | None = None
+    """Number in the video or camera, from 0."""
+    time_s: float | None = None
+    """Since the first frame."""
     height_px: int
     width_px: int
     boxes: tuple[FoundBox, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePath:
-    """An image to look at, and the name of its drawing within the output folder."""
-
-    file: Path
-    name: Path
-
-
-def list_images(given: Sequence[Path]) -> list[ImagePath]:
-    """Return the images that were given; of a folder, every image in it, sorted by name.
-
-    Raises:
-        DatasetError: one is missing, or a folder holds no image.
-    """
-    images: list[ImagePath] = []
-    for path in given:
-        if path.is_dir():
-            there = sorted(entry for entry in path.rglob("*") if _is_image(entry))
-            if not there:
-                raise DatasetError(f"{path}: no image in this folder (looked for .jpg, .png and others).")
-            images += [ImagePath(entry, entry.relative_to(path)) for entry in there]
-        elif path.exists():
-            images.append(ImagePath(path, Path(path.name)))
-        else:
-            raise DatasetError(f"{path}: no such image or folder. Check the path.")
-    return images
-
-
-def plan_drawings(images: Sequence[ImagePath], out: Path) -> dict[ImagePath, Path]:
-    """Return where each drawing goes, before anything is written.
-
-    Raises:
-        RunFolderError: two drawings would have one name, or one would replace an image that was given.
-    """
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out takes a folder. Choose another.")
-    planned: dict[ImagePath, Path] = {}
-    taken: dict[Path, Path] = {}
-    originals = {image.file.resolve() for image in images}
-    for image in images:
-        suffix = image.name.suffix.lower()
-        place = out / (image.name if suffix in _DRAWN_SUFFIXES else image.name.with_suffix(".png"))
-        if place.resolve() in originals:
-            raise RunFolderError(f"{place} is one of the images; choose another --out than their folder.")
-        if place in taken:
-            raise RunFolderError(
-                f"{image.file} and {taken[place]} would both be drawn to {place}. Give them one at a time."
-            )
-        taken[place] = image.file
-        planned[image] = place
-    return planned
 
 
 def open_runner(artifact: Path, threads: int = 1) -> Runner:
@@ -126,6 +78,12 @@ class Opened:
     runner: Runner
     image_fit: ImageFit
 
+    @property
+    def frame_px(self) -> tuple[int, int]:
+        """(height, width) of its frame."""
+        spec = self.runner.artifact.input
+        return spec.frame_height_px, spec.frame_width_px
+
 
 @contextmanager
 def opened(path: Path, threads: int = 1) -> Iterator[Opened]:
@@ -145,32 +103,34 @@ def opened(path: Path, threads: int = 1) -> Iterator[Opened]:
 
 
 def detect(
-    runner: Runner, image: Path, *, minimum_score: float = 0.5, image_fit: ImageFit = "letterbox"
+    runner: Runner, picture: Picture, *, minimum_score: float = 0.5, image_fit: ImageFit = "letterbox"
 ) -> FoundImage:
-    """Detect in one image file.
+    """Detect in one image, or one frame of a video or camera.
 
     Args:
         runner: opened.
-        image: turned upright where its EXIF says so.
+        picture: of any size.
         minimum_score: boxes below it are left out.
         image_fit: an image of another size than the artifact's frame is scaled into it with its aspect kept, or
             refused.
 
     Raises:
-        DatasetError: the image cannot be read, or is of another size and refused.
+        DatasetError: the picture is of another size and refused, or of another type than uint8 RGB.
     """
     spec, labels = runner.artifact.input, runner.artifact.labels
-    frame = read_frame(image, (spec.frame_height_px, spec.frame_width_px))
+    frame = fit_frame(picture.pixels, (spec.frame_height_px, spec.frame_width_px))
     if image_fit == "refuse" and frame.original_px != (spec.frame_height_px, spec.frame_width_px):
         height, width = frame.original_px
         raise DatasetError(
-            f"{image}: {height}x{width} pixels (height x width); this bundle takes frames of {spec.frame_height_px}x"
+            f"{picture}: {height}x{width} pixels (height x width); this bundle takes frames of {spec.frame_height_px}x"
             f"{spec.frame_width_px} and no other. Scale the image, or bundle with --other-sizes letterbox."
         )
     found = runner.infer(frame.pixels)
     boxes = frame.to_original(found.boxes)
     return FoundImage(
-        image=str(image),
+        image=picture.source,
+        frame=picture.frame,
+        time_s=picture.time_s,
         height_px=frame.original_px[0],
         width_px=frame.original_px[1],
         boxes=tuple(
@@ -181,28 +141,68 @@ def detect(
     )
 
 
-def save_drawing(found: FoundImage, path: Path) -> Path:
-    """Write the image with its boxes; return `path`, whose suffix is .jpg, .jpeg or .png."""
+def save_drawing(found: FoundImage, picture: Picture) -> None:
+    """Write the picture with its boxes where it is to be drawn; nothing if it is not."""
+    if picture.drawing is None:
+        return
     drawn = draw_boxes(
-        read_image(Path(found.image)),
+        picture.pixels,
         [box.xyxy for box in found.boxes],
         [box.label_number for box in found.boxes],
         [f"{box.label} {box.score:.2f}" for box in found.boxes],
     )
-    with whole_file(path) as partial:
-        kind = _DRAWN_SUFFIXES[path.suffix.lower()]
+    with whole_file(picture.drawing) as partial:
+        kind = DRAWN_SUFFIXES[picture.drawing.suffix.lower()]
         options = {"quality": _JPEG_QUALITY} if kind == "JPEG" else {}
         drawn.save(partial, kind, **options)
-    return path
 
 
-def write_json_file(found: Sequence[FoundImage], path: Path) -> Path:
-    """Write the boxes: one line for each image where the name ends in .jsonl, else one list."""
-    if path.suffix == ".jsonl":
-        return write_bytes(path, b"".join(msgspec.json.encode(one) + b"\n" for one in found))
-    return write_bytes(path, json_bytes(found))
+def require_json_name(path: Path, sources: Sequence[Source]) -> None:
+    """Refuse one list for what may have no end: lines are written as they come, a list when all is there.
+
+    Raises:
+        RunFolderError: says what name would do.
+    """
+    if path != STANDARD_OUTPUT and path.suffix != ".jsonl" and not images_alone(sources):
+        raise RunFolderError(
+            f"{path}: of a video or a camera, boxes are written line by line. Give a name that ends in .jsonl, or -."
+        )
 
 
-def _is_image(path: Path) -> bool:
-    hidden = path.name.startswith(".")
-    return not hidden and path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()
+@contextmanager
+def json_written(path: Path | None) -> Iterator[Callable[[FoundImage], None]]:
+    """Yield what takes the boxes of one picture after the other.
+
+    Args:
+        path: `-`, standard output, and a name that ends in `.jsonl` get a line at once for each; another name one
+            list, at the end and only if there was no error; None is nowhere.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    if path is None:
+        yield lambda found: None
+    elif path == STANDARD_OUTPUT:
+        yield lambda found: print(msgspec.json.encode(found).decode(), flush=True)
+    elif path.suffix == ".jsonl":
+        with _lines_file(path) as stream:
+            yield lambda found: _write_line(stream, found)
+    else:
+        kept: list[FoundImage] = []
+        yield kept.append
+        write_bytes(path, json_bytes(kept))
+
+
+def _lines_file(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written: {error.strerror}. Choose another --json."
+        ) from error
+
+
+def _write_line(stream: BinaryIO, found: FoundImage) -> None:
+    stream.write(msgspec.json.encode(found) + b"\n")
+    stream.flush()  # there, whatever becomes of the next picture

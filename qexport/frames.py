@@ -116,11 +116,25 @@ def read_frame(path: Path, frame_px: tuple[int, int], *, size_px: tuple[int, int
     Raises:
         DatasetError: as `read_image`, or the frame is smaller than one pixel.
     """
-    if min(frame_px) < 1:
+    _require_size(frame_px)
+    return fit_frame(read_image(path, size_px=size_px), frame_px)
+
+
+def fit_frame(pixels: NDArray[np.uint8], frame_px: tuple[int, int]) -> Frame:
+    """Make an image a camera frame, as `read_frame` does.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+        frame_px: (height, width) of the frame.
+
+    Raises:
+        DatasetError: the image has another type or shape, or the frame is smaller than one pixel.
+    """
+    _require_size(frame_px)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise DatasetError(
-            f"frame of {frame_px[0]}x{frame_px[1]} pixels: give a height and a width of at least 1"
+            f"an image of shape {pixels.shape} and type {pixels.dtype}; expected (height, width, 3) and uint8, RGB."
         )
-    pixels = read_image(path, size_px=size_px)
     height, width = pixels.shape[:2]
     if (height, width) == tuple(frame_px):
         return Frame(pixels, 1.0, (height, width))
@@ -130,6 +144,13 @@ def read_frame(path: Path, frame_px: tuple[int, int], *, size_px: tuple[int, int
     frame = np.zeros((*frame_px, 3), dtype=np.uint8)
     frame[:content_height, :content_width] = np.asarray(resized)
     return Frame(frame, scale, (height, width))
+
+
+def _require_size(frame_px: tuple[int, int]) -> None:
+    if min(frame_px) < 1:
+        raise DatasetError(
+            f"frame of {frame_px[0]}x{frame_px[1]} pixels: give a height and a width of at least 1"
+        )
 
 
 def read_sample(sample: Sample, frame_px: tuple[int, int]) -> Frame:

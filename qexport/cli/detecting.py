@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qexport.cli import screen
+
+if TYPE_CHECKING:
+    from qexport.detecting import FoundImage
+
+_INTERRUPTED = 130
+"""128 + SIGINT: as for every command, but without the word that it goes on where it stopped."""
 
 
 def detect(
@@ -20,7 +27,10 @@ def detect(
     ],
     image: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE|FOLDER", help="Images; of a folder, every image in it."),
+        typer.Argument(
+            metavar="IMAGE|FOLDER|VIDEO|CAMERA",
+            help="Images; of a folder, every image in it; of a video, every frame; camera:0 or /dev/video0.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -37,14 +47,45 @@ def detect(
             "--json",
             metavar="FILE",
             show_default=False,
-            help="Write the boxes as JSON; as one line for each image where the name ends in .jsonl.",
+            help="Write the boxes as JSON: where the name ends in .jsonl, or is - (standard output), one line at "
+            "once for each image or frame; else one list at the end.",
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            "--every",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Of a video or camera, draw every Nth frame.",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Of a video or camera, stop after N frames.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            metavar="S",
+            min=0.001,
+            show_default=False,
+            help="Of a video or camera, stop after S.",
         ),
     ] = None,
     threads: Annotated[
         int, typer.Option("--threads", metavar="N", min=1, help="Threads of the runtime.")
     ] = 1,
 ) -> None:
-    r"""Run an artifact on images: label, score and box, in pixels of the image.
+    r"""Run an artifact on images, a video or a camera: label, score and box, in pixels of the image.
 
     ARTIFACT is a folder that `qexport export` wrote; an image of any size is scaled into its frame, its aspect kept.
     A bundle says itself whether it takes an image of another size.
@@ -52,28 +93,53 @@ def detect(
       qexport detect runs/mine/onnx image.jpg
       qexport detect mine.qbundle image.jpg
       qexport detect runs/mine/onnx photos/ --out drawn/ --score 0.7 --json boxes.jsonl
+      qexport detect runs/mine/onnx clip.mp4 --out drawn/ --every 25
+      qexport detect mine.qbundle camera:0 --json -
 
-    Needs no PyTorch: pip install 'qexport\[onnx-runtime]' is enough.
+    Of a camera it takes the newest frame each time and skips those that came meanwhile; Ctrl-C ends it.
+
+    Needs no PyTorch: pip install 'qexport\[onnx-runtime]' is enough, and 'qexport\[video]' for a video or camera.
     """
-    from qexport import detecting  # noqa: PLC0415 - `--help` needs none of it
+    from qexport import detecting, sources  # noqa: PLC0415 - `--help` needs none of it
 
-    images = detecting.list_images(image)
-    drawn = detecting.plan_drawings(images, out) if out is not None else {}
-    found = []
-    with screen.progress("detect", len(images)) as step, detecting.opened(artifact, threads) as ready:
-        for path in images:
-            one = detecting.detect(ready.runner, path.file, minimum_score=score, image_fit=ready.image_fit)
-            found.append(one)
-            if path in drawn:
-                detecting.save_drawing(one, drawn[path])
-            step()
+    given = sources.list_sources(image)
+    for option, value in (("--every", every), ("--frames", frames), ("--seconds", seconds)):
+        if value is not None:
+            sources.require_frames(given, option)
+    drawn = sources.plan_drawings(given, out) if out is not None else {}
     if json is not None:
-        detecting.write_json_file(found, json)
-    for one in found:
-        screen.show(f"{one.image}: {len(one.boxes)} boxes")
-        for box in one.boxes:
-            corners = ", ".join(f"{value:.1f}" for value in box.xyxy)
-            screen.show(f"  {box.label} {box.score:.3f}  ({corners})")
+        detecting.require_json_name(json, given)
+    to_pipe = json == detecting.STANDARD_OUTPUT  # where lines for people would be in the way
+    done = 0
+    try:
+        with detecting.opened(artifact, threads) as ready, detecting.json_written(json) as write:
+            taken = sources.pictures(
+                given,
+                ready.frame_px,
+                drawings=drawn,
+                every=every or 1,
+                limits=sources.Limits(frames, seconds),
+            )
+            with closing(taken):
+                for picture in taken:
+                    one = detecting.detect(
+                        ready.runner, picture, minimum_score=score, image_fit=ready.image_fit
+                    )
+                    write(one)
+                    detecting.save_drawing(one, picture)
+                    done += 1
+                    if not to_pipe:
+                        _show(str(picture), one)
+    except KeyboardInterrupt:
+        screen.say(f"stopped after {done} images or frames; what was found is written")
+        raise typer.Exit(_INTERRUPTED) from None
     for place in (out, json):
-        if place is not None:
+        if place is not None and not to_pipe:
             screen.show(f"wrote {place}")
+
+
+def _show(name: str, found: FoundImage) -> None:
+    screen.show(f"{name}: {len(found.boxes)} boxes")
+    for box in found.boxes:
+        corners = ", ".join(f"{value:.1f}" for value in box.xyxy)
+        screen.show(f"  {box.label} {box.score:.3f}  ({corners})")
