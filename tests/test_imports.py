@@ -14,6 +14,7 @@ import qexport
 
 HEAVY = frozenset(
     [
+        "av",
         "torch",
         "torchvision",
         "torchao",
