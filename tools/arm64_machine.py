@@ -94,6 +94,11 @@ CPUS = (
 )
 
 
+def features_of(capabilities: int) -> str:
+    """Return the line `Features` of /proc/cpuinfo for the kernel's AT_HWCAP."""
+    return " ".join(name for bit, name in enumerate(_FEATURES) if capabilities >> bit & 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What runs arm64 programs."""
@@ -128,7 +133,7 @@ class Machine:
             found = self.run(cpu, [self.scripts / "python3", "-c", _READ_CAPABILITIES])
             if found.returncode != 0:
                 raise TargetUnavailable(f"{self.qemu} runs no {cpu.name} here: {found.stderr.strip()}")
-            features = " ".join(name for bit, name in enumerate(_FEATURES) if int(found.stdout) >> bit & 1)
+            features = features_of(int(found.stdout))
             say(f"{cpu.name} ({cpu.boards}): {features}")
             processors = range(os.cpu_count() or 1)  # /sys stays this machine's, and says so many
             text = "".join(_CPUINFO.format(number=n, features=features, part=cpu.part) for n in processors)

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     cache = options.cache.resolve()
     try:
+        for bundle in options.bundle or ():
+            with open_bundle(bundle):
+                pass  # refused before anything is downloaded
         with _locked(cache):
             machine = _machine(cache, options.mirror)
             bundles = options.bundle or [_demo_bundle(cache, target) for target in options.target]
@@ -170,7 +173,8 @@ def _wheels(cache: Path, bundle: Path, manifest: BundleManifest) -> Path:
 def _install(machine: Machine, bundle: Path, wheels: Path) -> None:
     """Run the bundle's script as it is; what verifies is asked apart, on every processor."""
     _say("installing by install.sh")
-    command = [machine.scripts / "sh", bundle / "install.sh", "--wheels", wheels, "--no-verify"]
+    script, shell = bundle / "install.sh", machine.scripts / "sh"
+    command: list[str | Path] = [shell, script, "--wheels", wheels, "--no-verify"]
     finished = machine.run(CPUS[0], command)
     if finished.returncode != 0:
         raise GateFailed(f"install.sh exits with {finished.returncode}: {_last_words(finished)}")
@@ -180,9 +184,11 @@ def _verify(machine: Machine, cpu: Cpu, bundle: Path, tolerance_steps: int | Non
     _say(f"verifying on {cpu.name}")
     out = machine.folder / f"verify-{cpu.name}.json"
     out.unlink(missing_ok=True)
-    command = bundle.with_name(f"{bundle.name}.venv") / "bin/qexport"
-    tolerance = () if tolerance_steps is None else ("--tolerance-steps", str(tolerance_steps))
-    finished = machine.run(cpu, [command, "verify", bundle, "--json", out, *tolerance])
+    program = bundle.with_name(f"{bundle.name}.venv") / "bin/qexport"
+    command: list[str | Path] = [program, "verify", bundle, "--json", out]
+    if tolerance_steps is not None:
+        command += ["--tolerance-steps", str(tolerance_steps)]
+    finished = machine.run(cpu, command)
     if finished.returncode not in (0, _DIFFERS) or not out.is_file():
         raise GateFailed(
             f"qexport verify on {cpu.name} exits with {finished.returncode}: {_last_words(finished)}"
