@@ -7,7 +7,8 @@ from typing import Any
 from ai_edge_litert import schema_py_generated as schema
 from torch.fx import Node
 
-from qexport.quantization.graph import op_name
+from qexport.errors import UnsupportedOperator
+from qexport.quantization.graph import op_name, site_of
 
 ACTIVATIONS = {
     "": schema.ActivationFunctionType.NONE,
@@ -28,7 +29,7 @@ def limits_of(node: Node) -> tuple[float | None, float | None]:
     """Return the least and the largest value that a clamp or hardtanh lets through; None for no limit.
 
     Raises:
-        TypeError: a limit is a tensor.
+        UnsupportedOperator: a limit is a tensor.
     """
     given: list[Any] = list(node.args[1:])
     names = ("min", "max") if op_name(node) == "clamp" else ("min_val", "max_val")
@@ -39,7 +40,9 @@ def limits_of(node: Node) -> tuple[float | None, float | None]:
     ]
     for limit in limits:
         if isinstance(limit, Node):
-            raise TypeError(f"limit of {node.name} is a tensor, {limit.name}")
+            raise UnsupportedOperator(
+                f"{node.target} in module {site_of(node).path}: a limit is a tensor. Clamp to numbers in the model."
+            )
     low, high = (None if limit is None else float(limit) for limit in limits)
     return low, high
 

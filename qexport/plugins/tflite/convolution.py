@@ -66,6 +66,13 @@ def _bias(lowering: Lowering, node: Node, channels: int) -> NDArray[np.float64]:
     return lowering.constant(node.args[2]).double().numpy()
 
 
+def _padding(node: Node, reach: Sequence[int]) -> tuple[int, int]:
+    """Return rows and columns on each side; of `same`, the ones before, which is what the kernel's SAME means."""
+    if len(node.args) > 4 and isinstance(node.args[4], str):
+        return ((reach[0] - 1) // 2, (reach[1] - 1) // 2) if node.args[4] == "same" else (0, 0)
+    return _pair(node, 4, 0)
+
+
 def _pair(node: Node, index: int, default: int) -> tuple[int, int]:
     value: Any = node.args[index] if len(node.args) > index else default
     sizes = [int(number) for number in value] if isinstance(value, Sequence) else [int(value)]
@@ -104,11 +111,12 @@ def _write(
 ) -> Held:
     depthwise = _groups(node) > 1
     kernel, stride = filters.shape[1:3], _pair(node, 3, 1)
-    dilation, padding = _pair(node, 5, 1), _pair(node, 4, 0)
+    dilation = _pair(node, 5, 1)
     out = tuple(node.meta["val"].shape)
     shape = (out[0], out[2], out[3], out[1])
     reach = tuple((size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True))
-    same = _is_same(source.shape[1:3], reach, stride, padding)
+    padding = _padding(node, reach)
+    same = node.args[4:5] == ("same",) or _is_same(source.shape[1:3], reach, stride, padding)
     if not same and any(padding):
         rows, columns = padding
         source = build.pad(source, [0, rows, columns, 0, 0, rows, columns, 0])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
+from qexport.errors import UnsupportedOperator
 from qexport.plugins.tflite.activations import ACTIVATIONS, limits_of
 from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.held import Held, as_held, as_plain
 from qexport.plugins.tflite.lowering import Integer, Lowering, Real
 from qexport.plugins.tflite.writer import Value
-from qexport.quantization.graph import argument_node
+from qexport.quantization.graph import argument_node, site_of
 
 Binary = Callable[[TfliteBuilder, Value, Value], Value]
 Unary = Callable[[TfliteBuilder, Value], Value]
@@ -104,16 +106,32 @@ def where(lowering: Lowering, node: Node) -> Held:
 
 
 def total(lowering: Lowering, node: Node) -> Held:
-    """Write the sum of all elements; how many hold, of bools."""
+    """Write the sum over axes, over all where none is named; how many hold, of bools."""
     value = as_plain(lowering.build, lowering.real(argument_node(node)))
     if value.dtype == "bool":
         value = lowering.build.cast(value, np.int32)
-    return Held.plain(lowering.build.reduce("SUM", value, range(len(value.shape)), keep=False))
+    axes, keep = axes_of(node, len(value.shape))
+    return Held.plain(lowering.build.reduce("SUM", value, axes, keep=keep))
 
 
 def softmax(lowering: Lowering, node: Node) -> Held:
-    """Write the softmax over the last axis."""
+    """Write the softmax over the last axis.
+
+    Raises:
+        UnsupportedOperator: another axis.
+    """
+    rank = len(node.meta["val"].shape)
+    if int(str(node.args[1])) % rank != rank - 1:
+        raise UnsupportedOperator(f"softmax in {site_of(node).path}: TFLite takes it over the last axis.")
     return Held.plain(lowering.build.softmax(as_plain(lowering.build, lowering.real(argument_node(node)))))
+
+
+def axes_of(node: Node, rank: int) -> tuple[tuple[int, ...], bool]:
+    """Return the axes that a sum or a mean is taken over, and whether they stay as length 1."""
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    axes = [given] if isinstance(given, int) else given
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    return tuple(sorted(int(axis) % rank for axis in axes or range(rank))), keep
 
 
 def hardsigmoid(build: TfliteBuilder, value: Value) -> Value:
@@ -139,5 +157,5 @@ def _same_type(build: TfliteBuilder, first: Value, second: Value) -> tuple[Value
     """Return two values in one type: a product of numbers and bools is one of numbers."""
     if first.dtype == second.dtype:
         return first, second
-    wanted = next(value.dtype for value in (first, second) if value.dtype != "bool")
+    wanted = max((first.dtype, second.dtype), key=("bool", "int32", "float32").index)
     return build.cast(first, np.dtype(wanted).type), build.cast(second, np.dtype(wanted).type)

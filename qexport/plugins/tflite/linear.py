@@ -71,6 +71,7 @@ def _write(
     scale: float | None,
 ) -> Held:
     integers = scale is not None
+    rows = len(node.meta["val"].shape) > 2
     made = lowering.build.op(
         "FULLY_CONNECTED",
         [source, weight, bias],
@@ -78,7 +79,7 @@ def _write(
         "int8" if integers else "float32",
         scale=scale,
         options="FullyConnectedOptions",
-        version=4 if integers else 1,
-        settings={"fusedActivationFunction": ACTIVATIONS[activation]},
+        version=5 if rows else 4 if integers else 1,
+        settings={"fusedActivationFunction": ACTIVATIONS[activation], "keepNumDims": rows},
     )
     return Held.plain(made)

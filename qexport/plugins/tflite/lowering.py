@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from qexport.errors import UnsupportedOperator
 from qexport.plugins.tflite.activations import activation_of
 from qexport.plugins.tflite.builder import TfliteBuilder
+from qexport.plugins.tflite.checks import check_options, check_result, where
 from qexport.plugins.tflite.held import Held
 from qexport.plugins.tflite.writer import ModelWriter, Value
 from qexport.quantization.graph import (
@@ -75,13 +76,17 @@ class Lowering:
     def several(self, node: Node) -> Held | tuple[Held, ...]:
         """Return a node's values, or the several results that it has."""
         if node not in self._real:
-            self._real[node] = self._write_real(node)
+            written = self._write_real(node)
+            check_result(node, written)
+            self._real[node] = written
         return self._real[node]
 
     def codes(self, quantizer: Node) -> Held:
         """Return the int8 codes that a quantize node makes."""
         if quantizer not in self._codes:
-            self._codes[quantizer] = self._write_codes(quantizer)
+            written = self._write_codes(quantizer)
+            check_result(quantizer, written)
+            self._codes[quantizer] = written
         return self._codes[quantizer]
 
     def quantizer_behind(self, node: object) -> Node | None:
@@ -139,9 +144,10 @@ class Lowering:
         moving, real = self._operators.moving.get(name), self._operators.real.get(name)
         if moving is None and real is None:
             raise UnsupportedOperator(
-                f"{node.target} in module {site_of(node).path or '(the model itself)'}: not known how TFLite computes "
+                f"{node.target} in module {where(node)}: not known how TFLite computes "
                 "it. Replace it in the model, or add it to qexport/plugins/tflite (docs/plugins.md)."
             )
+        check_options(node)
         self._ask_inputs(node)
         self._go_to(node)
         if moving is not None:
@@ -161,6 +167,7 @@ class Lowering:
         name = op_name(base)
         moving, integer = self._operators.moving.get(name), self._operators.integer.get(name)
         held: Held | None = None
+        check_options(base)
         if moving is not None and base is source and self._all_integers(base):
             for node in base.all_input_nodes:
                 self._behind(node)

@@ -9,7 +9,8 @@ import numpy as np
 from torch.fx import Node
 
 from qexport.errors import UnsupportedOperator
-from qexport.plugins.tflite.held import Held, as_map
+from qexport.plugins.tflite.elementwise import axes_of
+from qexport.plugins.tflite.held import Held, as_map, as_plain
 from qexport.plugins.tflite.lowering import Lowering
 from qexport.quantization.graph import argument_node, op_name, site_of
 
@@ -46,6 +47,9 @@ def real(lowering: Lowering, node: Node) -> Held:
         UnsupportedOperator: windows of several sizes.
     """
     source = lowering.real(argument_node(node))
+    if op_name(node) == "mean" and not _is_global(node, source):
+        axes, keep = axes_of(node, len(source.shape))
+        return Held.plain(lowering.build.reduce("MEAN", as_plain(lowering.build, source), axes, keep=keep))
     value = as_map(lowering.build, source)
     if _is_global(node, source):
         return _result(lowering, node, Held.map(lowering.build.reduce_mean(value, [1, 2])))
@@ -54,7 +58,11 @@ def real(lowering: Lowering, node: Node) -> Held:
 
 
 def _is_global(node: Node, source: Held) -> bool:
-    return len(source.shape) == 4 and math.prod(node.meta["val"].shape[2:]) == 1
+    if len(source.shape) != 4:
+        return False
+    if op_name(node) == "mean":
+        return axes_of(node, 4)[0] == (2, 3)
+    return math.prod(node.meta["val"].shape[2:]) == 1 and op_name(node) == "adaptive_avg_pool2d"
 
 
 def _result(lowering: Lowering, node: Node, held: Held) -> Held:
@@ -79,5 +87,9 @@ def _windows(node: Node, size: tuple[int, ...]) -> tuple[tuple[int, int], tuple[
     if len(given) > 3 and any(given[3]):
         raise UnsupportedOperator(
             f"average pool {site_of(node).path} pads: TFLite would leave the padding out."
+        )
+    if len(given) > 6 and given[6] is not None:
+        raise UnsupportedOperator(
+            f"average pool {site_of(node).path} divides by {given[6]}: TFLite divides by the size of the window."
         )
     return window, stride

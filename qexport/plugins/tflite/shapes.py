@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
+from qexport.errors import UnsupportedOperator
 from qexport.plugins.tflite.held import Held, as_map, as_plain
 from qexport.plugins.tflite.lowering import Lowering
-from qexport.quantization.graph import argument_node
+from qexport.quantization.graph import argument_node, site_of
 
 Ask = Callable[[Node], Held]
 _TO_CHANNELS_LAST = (0, 2, 3, 1)
@@ -118,6 +119,8 @@ def max_pool2d(lowering: Lowering, node: Node, ask: Ask) -> Held:
     value = as_map(build, source)
     window, stride, padding = (_pair(node, place, default) for place, default in ((1, 1), (2, 0), (3, 0)))
     stride = stride if any(stride) else window
+    if _pair(node, 4, 1) != (1, 1):
+        raise UnsupportedOperator(f"max pool {site_of(node).path} is dilated: TFLite has no such form.")
     if any(padding):
         rows, columns = padding
         lowest = -128 if value.dtype == "int8" else -math.inf
@@ -145,9 +148,17 @@ def upsample_nearest2d(lowering: Lowering, node: Node, ask: Ask) -> Held:
 
 
 def pad(lowering: Lowering, node: Node) -> Held:
-    """Write a larger tensor, with one number beyond."""
+    """Write a larger tensor, with one number beyond.
+
+    Raises:
+        UnsupportedOperator: what lies beyond is taken from the tensor, or the result is smaller.
+    """
     source = as_plain(lowering.build, lowering.real(argument_node(node)))
     given: Any = node.args
+    if (len(given) > 2 and given[2] != "constant") or min(given[1]) < 0:
+        raise UnsupportedOperator(
+            f"pad of {list(given[1])} in {site_of(node).path}: TFLite puts numbers around a tensor, nothing else."
+        )
     pairs, rank = [int(number) for number in given[1]], len(source.shape)
     number = float(given[3]) if len(given) > 3 and given[3] is not None else 0.0
     before, after = [0] * rank, [0] * rank

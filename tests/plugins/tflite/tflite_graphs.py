@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (the extra tflite)")
 
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from qexport.artifact import InputSpec
@@ -28,7 +29,7 @@ from qexport.plugins.tflite.held import as_plain
 from qexport.plugins.tflite.lowering import Lowering
 from qexport.plugins.tflite.operators import operators
 from qexport.plugins.tflite.readback import ReadModel
-from qexport.quantization.graph import scale_of
+from qexport.quantization.graph import export_graph, scale_of
 from qexport.quantization.reference import QuantizedDetector, quantize
 
 Array = NDArray[Any]
@@ -60,7 +61,9 @@ class Case:
 
     def values(self) -> Tensor:
         """Return everything that it is given, flat."""
-        return torch.cat([_codes(*each) for each in zip(self.shapes, self.scales, strict=True)])
+        return torch.cat(
+            [_codes(*each) for each in zip(self.shapes, self.scales, range(len(self.shapes)), strict=True)]
+        )
 
 
 def case(
@@ -79,8 +82,8 @@ def case(
     return Case(module.eval(), shapes, tuple(scales or [1 / 32] * len(shapes)), tuple(kernels))
 
 
-def _codes(shape: tuple[int, ...], scale: float) -> Tensor:
-    random = torch.Generator().manual_seed(sum(shape))
+def _codes(shape: tuple[int, ...], scale: float, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, shape, generator=random).flatten()
     codes[0] = 127  # so that calibration finds this very scale
     return codes * scale
@@ -145,11 +148,21 @@ class Written:
         """Return the outputs."""
         return run_file(self.data, given, kernels)
 
+    def model(self) -> Any:
+        """Return the model as the schema has it."""
+        return schema.ModelT.InitFromPackedBuf(self.data, 0)
+
     def read(self, folder: Path) -> ReadModel:
-        """Return tensors and operators."""
+        """Return tensors and operators, as the exporter reads them back."""
         path = folder / "written.tflite"
         path.write_bytes(self.data)
         return ReadModel(path)
+
+
+def graph_of(module: Cases) -> GraphModule:
+    """Return its graph in float."""
+    static: Any = module
+    return export_graph(static)
 
 
 def write(
