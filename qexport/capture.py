@@ -137,6 +137,7 @@ def read_camera(camera: Camera, frame_px: tuple[int, int]) -> Generator[Captured
     Raises:
         TargetUnavailable: PyAV is not installed, there is no such camera, it may not be used, or it was there and
             gives no more frames.
+        DatasetError: a frame too large for the memory.
     """
     av = _library()
     container = _opened_camera(av, camera, frame_px)
@@ -157,6 +158,10 @@ def read_camera(camera: Camera, frame_px: tuple[int, int]) -> Generator[Captured
             if frame is not None:
                 last = taken[0]
                 yield CapturedFrame(last, clock.seconds(frame, last), _upright_rgb(frame))
+    except MemoryError as error:
+        raise DatasetError(
+            f"{camera.name}: memory is out after frame {last}. Close other programs, or give fewer --threads."
+        ) from error
     finally:
         newest.stop()
 
@@ -164,7 +169,7 @@ def read_camera(camera: Camera, frame_px: tuple[int, int]) -> Generator[Captured
 def list_cameras() -> list[str]:
     """Return the video devices of this machine, each with the name that its driver gives."""
     found = []
-    for device in sorted(_DEVICES.glob("video*"), key=lambda path: (len(path.name), path.name)):
+    for device in sorted(_DEVICES.glob("video[0-9]*"), key=lambda path: (len(path.name), path.name)):
         told = _DEVICE_NAMES / device.name / "name"
         found.append(f"{device} ({told.read_text().strip()})" if told.is_file() else str(device))
     return found
@@ -214,8 +219,8 @@ class _Newest:
         if not isinstance(taken, av.Packet):
             return cast("VideoFrame", taken)
         try:
-            frames = cast("Packet[VideoStream]", taken).decode()
-        except av.error.InvalidDataError:
+            frames = self._stream.codec_context.decode(cast("Packet[VideoStream]", taken))
+        except (av.error.InvalidDataError, av.error.ArgumentError):
             return None
         return frames[-1] if frames and not frames[-1].is_corrupt else None
 
@@ -227,22 +232,33 @@ class _Newest:
         import av  # noqa: PLC0415 - optional; `_library` has said so where it is missing
 
         try:
-            with self._container:
-                for number, packet in enumerate(self._container.demux(self._stream)):
-                    if self._stopped:
-                        break
-                    if not packet.size:  # the driver lost this picture; or, without a time, the end
-                        continue
-                    kept = packet if self._alone else next(iter(packet.decode()[-1:]), None)
-                    if kept is not None:
-                        self._keep(number, kept)
+            self._pump(av)
             self.ended = "its stream ended"
         except (av.error.FFmpegError, MemoryError) as error:
             self.ended = str(getattr(error, "strerror", None) or error or "memory is out")
         finally:
+            # Only here, where no packet is left: a packet is the driver's own memory, and gone with the device.
+            self._container.close()
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
+
+    def _pump(self, av: Any) -> None:
+        for number, packet in enumerate(self._container.demux(self._stream)):
+            if self._stopped:
+                return
+            if not packet.size:  # the driver lost this picture; or it is the end
+                continue
+            if self._alone:
+                copied = av.Packet(
+                    packet.size
+                )  # memory of our own; made of bytes, it would only refer to them
+                copied.update(packet)
+                copied.pts, copied.time_base = packet.pts, packet.time_base
+                self._keep(number, copied)
+            else:
+                for frame in packet.decode()[-1:]:
+                    self._keep(number, frame)
 
     def _keep(self, number: int, kept: Packet[VideoStream] | VideoFrame) -> None:
         with self._changed:
@@ -301,7 +317,8 @@ def _opened_camera(av: Any, camera: Camera, frame_px: tuple[int, int]) -> InputC
         raise TargetUnavailable(f"{camera.name}: cameras are read through V4L2, which Linux alone has.")
     options = {"video_size": f"{frame_px[1]}x{frame_px[0]}"} if camera.driver == "v4l2" else {}
     try:
-        container: InputContainer = av.open(camera.device, format=camera.driver, options=options)
+        # As the container's: `options` would tell the decoder too, which then expects a size the camera has not.
+        container: InputContainer = av.open(camera.device, format=camera.driver, container_options=options)
     except av.error.FFmpegError as error:
         raise TargetUnavailable(_cannot_open(camera, error)) from error
     return container
