@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ def make_session(
         TargetUnavailable: onnxruntime is not installed.
         ArtifactError: ONNX Runtime does not accept the model.
     """
+    # From 1.31 on it keeps a device ID and a database of usage in the user's cache, unless told otherwise.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime  # noqa: PLC0415 - the runtime is imported where it is used
     except ImportError as error:
