@@ -171,7 +171,9 @@ def export(work: Work, target: str) -> Artifact:
     def write() -> None:
         quantized = work.quantized
         work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
-        (work.path / target / MANIFEST).unlink(missing_ok=True)  # the files it names are replaced, one after another
+        (work.path / target / MANIFEST).unlink(
+            missing_ok=True
+        )  # the files it names are replaced, one after another
         steps.export_artifact(
             work,
             target,
