@@ -51,15 +51,39 @@ def nms_mask(lowering: Lowering, node: Node) -> Held:
     """Write `qexport.detectors.operators.batched_nms_mask` by TFLite's own NON_MAX_SUPPRESSION_V4."""
     build = lowering.build
     boxes, scores, valid = (as_plain(build, lowering.real(argument_node(node, place))) for place in range(3))
-    threshold = float(str(node.args[3]))
+    # It suppresses from the threshold on, torchvision above it.
+    threshold = float(np.nextafter(np.float32(str(node.args[3])), np.float32(np.inf)))
     groups, number = scores.shape
-    # Below the smallest valid score, and below the operator's own limit, which is exclusive.
-    ranked = build.where(valid, scores, build.scalar(-1.0, scores))
+    # A box without area overlaps nothing, itself neither: the operator would choose it again and again.
+    area = _has_area(build, boxes)
+    ranked = _by_rank(build, scores, build.logical_and(valid, area))
     kept = [
         _kept(build, build.select(boxes, 0, group), build.select(ranked, 0, group), number, threshold)
         for group in range(groups)
     ]
-    return Held.plain(build.stack(kept, 0))
+    apart = build.logical_and(valid, build.logical_not(area))
+    return Held.plain(build.logical_or(build.stack(kept, 0), apart))
+
+
+def _has_area(build: TfliteBuilder, boxes: Value) -> Value:
+    """Return which boxes have an area, (G, N) bool."""
+    sides = build.sub(build.slice(boxes, [2], [4], [2]), build.slice(boxes, [0], [2], [2]))
+    area = build.mul(build.select(sides, 2, 0), build.select(sides, 2, 1))
+    return build.greater(area, build.scalar(0.0, area))
+
+
+def _by_rank(build: TfliteBuilder, scores: Value, valid: Value) -> Value:
+    """Return scores that are all different and rank as those given, of equal ones the earlier first; (G, N).
+
+    The operator takes equal scores in the order of its heap, and int8 maps give equal scores by the dozen. Those of
+    boxes that are not valid are below the operator's limit, which is exclusive.
+    """
+    number = scores.shape[1]
+    counted = build.constant(number, np.int32)
+    _, order = _top_k(build, build.where(valid, scores, build.scalar(-1.0, scores)), number)
+    _, rank = _top_k(build, build.sub(counted, order), number)  # of each box, its place in that order
+    points = build.cast(build.sub(counted, rank), np.float32)
+    return build.where(valid, points, build.scalar(-1.0, points))
 
 
 def portable_nms_mask(lowering: Lowering, node: Node) -> Held:
