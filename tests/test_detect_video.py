@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import pytest
 from cli_fixtures import Answer, call, command, environment, place, spawn
 from PIL import Image
 from video_files import write_video
+
+from qexport import detecting
+from qexport.capture import Video, read_video
+from qexport.errors import DatasetError
+from qexport.sources import Picture
 
 __all__ = ["place"]
 
@@ -202,3 +208,12 @@ def test_interrupted_camera_is_let_go_and_its_lines_are_whole(desk: Path, fake_c
     assert "stopped after" in err
     assert "Traceback" not in err
     assert lines_in(first + out)[0]["image"] == CAMERA
+
+
+def test_frame_of_another_size_is_refused_where_the_bundle_says_so(desk: Path) -> None:
+    path = write_video(desk / "small.mov", count=1, size_px=(48, 64))
+    with detecting.opened(Path("artifact")) as ready, closing(read_video(Video(path))) as frames:
+        frame = next(frames)
+        picture = Picture("small.mov", frame.pixels, frame=frame.number)
+        with pytest.raises(DatasetError, match="small.mov, frame 0: 48x64 pixels"):
+            detecting.detect(ready.runner, picture, image_fit="refuse")

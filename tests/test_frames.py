@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from qexport.errors import DatasetError
-from qexport.frames import Frame, frame_size, read_frame, read_image, read_sample
+from qexport.frames import Frame, fit_frame, frame_size, read_frame, read_image, read_sample
 from qexport.samples import Dataset, Sample
 
 ORIENTATION = 0x0112
@@ -185,3 +186,18 @@ def test_frame_size_is_the_commonest_and_of_two_the_larger() -> None:
     assert frame_size(dataset_of([(4, 6), (9, 9), (4, 6), (9, 9)])) == (9, 9)
     with pytest.raises(DatasetError, match="no images"):
         frame_size(dataset_of([]))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((12, 16, 3), np.float32),
+        np.zeros((12, 16, 4), np.uint8),
+        np.zeros((12, 16), np.uint8),
+        np.zeros((3, 12, 16), np.uint8),
+        np.zeros((0, 16, 3), np.uint8),
+    ],
+)
+def test_image_of_another_type_or_shape_is_never_made_a_frame(pixels: NDArray[np.generic]) -> None:
+    with pytest.raises(DatasetError, match=r"expected \(height, width, 3\) and uint8"):
+        fit_frame(pixels, (12, 16))  # type: ignore[arg-type]
