@@ -215,5 +215,5 @@ def test_frame_of_another_size_is_refused_where_the_bundle_says_so(desk: Path) -
     with detecting.opened(Path("artifact")) as ready, closing(read_video(Video(path))) as frames:
         frame = next(frames)
         picture = Picture("small.mov", frame.pixels, frame=frame.number)
-        with pytest.raises(DatasetError, match="small.mov, frame 0: 48x64 pixels"):
+        with pytest.raises(DatasetError, match=r"small\.mov, frame 0: 48x64 pixels"):
             detecting.detect(ready.runner, picture, image_fit="refuse")
