@@ -12,7 +12,7 @@ FAILED=1 UNUSABLE=2 MISSING=3
 
 usage() {
     cat <<'HELP'
-usage: install.sh [--venv FOLDER] [--python PYTHON] [--wheels FOLDER] [--no-verify] [--dry-run]
+usage: install.sh [--venv FOLDER] [--python PYTHON] [--wheels FOLDER] [--video] [--no-verify] [--dry-run]
 
 Makes a virtual environment, installs into it the qexport of this bundle with the runtime that the artifact needs,
 and runs `qexport verify`. No PyTorch, nothing outside of that folder, no sudo.
@@ -23,6 +23,7 @@ and runs `qexport verify`. No PyTorch, nothing outside of that folder, no sudo.
                    it on a machine with one, for this board's processor and Python:
                    pip download --dest FOLDER --only-binary :all: --platform manylinux_2_28_aarch64 \
                        --python-version 3.11 'BUNDLE/wheel/qexport-....whl[EXTRA]'
+  --video          also what reads video files and cameras (PyAV)
   --no-verify      install only
   --dry-run        print the commands, run none
 
@@ -62,6 +63,7 @@ while [ $# -gt 0 ]; do
             esac
             shift 2
             ;;
+        --video) extra="$extra,video" && shift ;;
         --no-verify) verify=0 && shift ;;
         --dry-run) dry_run=1 && shift ;;
         --help | -h) usage && exit 0 ;;
