@@ -49,21 +49,7 @@ def export(
     lowering = Lowering(quantized.graph, written)
     source = lowering.input(_only(quantized.graph, "placeholder"))
     lowering.writer.rename(source.value, INPUT)
-    sites = []
-    for key, node in quantized.quantize_nodes.items():
-        held = lowering.codes(node)
-        lowering.writer.rename(held.value, key.replace("@0/", "/"))
-        stored = held.stored
-        sites.append(
-            TensorSite(
-                key=key,
-                tensor=lowering.writer.name_of(held.value),
-                zero_point=0,
-                shape=held.shape,
-                stored_shape=stored[0] if stored else None,
-                stored_order=stored[1] if stored else None,
-            )
-        )
+    sites = _sites(lowering, quantized)
     _finish(lowering, quantized.graph, folder / FILE_NAMES[INT8])
     proposals = lowering.writer.name_of(lowering.real(proposals_node(quantized.graph)).value)
     layers = read_back(folder / FILE_NAMES[INT8], quantized.quantize_nodes, encodings)
@@ -87,12 +73,34 @@ def export(
             "nms": "NON_MAX_SUPPRESSION_V4" if options.nms == "own" else "fixed point",
         },
         files=tuple(describe_file(folder, name, role) for role, name in FILE_NAMES.items()),
-        sites=tuple(sites),
+        sites=sites,
         float_sites={"proposals": proposals},
         layers=layers,
     )
     save_artifact(artifact, folder)
     return artifact
+
+
+def _sites(lowering: Lowering, quantized: QuantizedDetector) -> tuple[TensorSite, ...]:
+    """Write every quantized activation; return where each is. A tensor is named after the first key that it has."""
+    sites, named = [], set[int]()
+    for key, node in quantized.quantize_nodes.items():
+        held = lowering.codes(node)
+        if held.value.index not in named:
+            lowering.writer.rename(held.value, key.replace("@0/", "/"))
+            named.add(held.value.index)
+        stored = held.stored
+        sites.append(
+            TensorSite(
+                key=key,
+                tensor=lowering.writer.name_of(held.value),
+                zero_point=0,
+                shape=held.shape,
+                stored_shape=stored[0] if stored else None,
+                stored_order=stored[1] if stored else None,
+            )
+        )
+    return tuple(sites)
 
 
 def _only(graph: GraphModule, kind: str) -> Node:

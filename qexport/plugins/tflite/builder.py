@@ -57,9 +57,21 @@ class TfliteBuilder:
         return result
 
     def constant(self, value: ArrayLike, dtype: Dtype) -> Value:
-        """Return a constant; int64 becomes int32."""
-        wanted = np.int32 if np.dtype(dtype) == np.int64 else dtype
-        return self.writer.constant(np.asarray(value, wanted))
+        """Return a constant; int64 becomes int32.
+
+        Raises:
+            UnsupportedOperator: an integer has more than 32 bits.
+        """
+        array = np.asarray(value, dtype)
+        if array.dtype == np.int64:
+            narrow = array.astype(np.int32)
+            if not np.array_equal(narrow, array):
+                raise UnsupportedOperator(
+                    f"a constant of {self.writer.place or 'the model'} reaches {int(np.abs(array).max())}: integers "
+                    "have 32 bits in TFLite."
+                )
+            array = narrow
+        return self.writer.constant(array)
 
     def integers(self, *numbers: int) -> Shared[Value]:
         """Return integers for several operations to take."""

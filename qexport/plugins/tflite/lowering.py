@@ -20,7 +20,7 @@ from qexport.errors import UnsupportedOperator
 from qexport.plugins.tflite.activations import activation_of
 from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.checks import check_options, check_result, where
-from qexport.plugins.tflite.held import Held
+from qexport.plugins.tflite.held import Held, as_map
 from qexport.plugins.tflite.writer import ModelWriter, Value
 from qexport.quantization.graph import (
     argument_node,
@@ -58,14 +58,19 @@ class Lowering:
         self._graph, self._operators = graph, operators
         self._real: dict[Node, Held | tuple[Held, ...]] = {}
         self._codes: dict[Node, Held] = {}
+        self._inputs: dict[Node, Held] = {}
 
     def input(self, node: Node) -> Held:
-        """Return the model's input."""
+        """Return the model's input; an image is turned channels last once, before all else."""
         shape = tuple(node.meta["val"].shape)
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-        if node not in self._real:
-            self._real[node] = Held.plain(self.writer.tensor(shape, dtype, name=node.name))
-        return self.real(node)
+        if node not in self._inputs:
+            given = Held.plain(self.writer.tensor(shape, dtype, name=node.name))
+            self._inputs[node] = self._real[node] = given
+            if len(shape) == 4:
+                self.writer.place = "preprocess"
+                self._real[node] = Held.map(as_map(self.build, given))
+        return self._inputs[node]
 
     def real(self, node: Node) -> Held:
         """Return a node's values, not quantized."""

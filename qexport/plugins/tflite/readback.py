@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,17 @@ class ReadModel:
     """A file's tensors and operators.
 
     Raises:
-        ExportError: no TFLite model.
+        ExportError: no TFLite model, or not all of one.
     """
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         if data[4:8] != b"TFL3":
             raise ExportError(f"{path}: no TFLite model. Export again.")
-        model: Any = schema.ModelT.InitFromPackedBuf(data, 0)
+        try:
+            model: Any = schema.ModelT.InitFromPackedBuf(data, 0)
+        except (struct.error, IndexError, TypeError, ValueError) as error:
+            raise ExportError(f"{path}: cut off or changed, {error}. Export again.") from error
         graph = model.subgraphs[0]
         self.tensors = list(graph.tensors)
         self.names = [bytes(tensor.name).decode() for tensor in self.tensors]

@@ -43,6 +43,8 @@ def permute(lowering: Lowering, node: Node, ask: Ask) -> Held:
     order = tuple(int(axis) % len(source.shape) for axis in given)
     if source.layout == "map" and order == _TO_CHANNELS_LAST:
         return Held.plain(source.value)
+    if source.layout == "plain" and order == _MAP_AXES:
+        return Held.map(source.value)
     return Held.plain(lowering.build.transpose(as_plain(lowering.build, source), order))
 
 

@@ -46,7 +46,7 @@ class ModelWriter:
         self._graph.name, self._graph.tensors, self._graph.operators = "main", [], []
         self._buffers: list[Any] = [schema.BufferT()]  # the first stands for tensors without contents
         self._codes: dict[tuple[int, int], int] = {}
-        self._constants: dict[tuple[str, tuple[int, ...], bytes, tuple[float, ...]], Value] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes, tuple[float, ...], int], Value] = {}
         self._names: set[str] = set()
         self.place = ""
         """What names of tensors begin with, `PATH@CALL`."""
@@ -92,7 +92,7 @@ class ModelWriter:
     ) -> Value:
         """Return a tensor with contents; equal ones are stored once."""
         data = np.ascontiguousarray(array).reshape(array.shape)
-        key = (data.dtype.name, data.shape, data.tobytes(), tuple(float(scale) for scale in scales))
+        key = (data.dtype.name, data.shape, data.tobytes(), tuple(float(scale) for scale in scales), axis)
         if key not in self._constants:
             stored = f"{self.place}/{name}" if self.place else name
             made = self.tensor(data.shape, data.dtype.name, name=stored, scales=scales, axis=axis)
@@ -136,7 +136,8 @@ class ModelWriter:
         self._graph.operators.append(made)
 
     def rename(self, value: Value, name: str) -> None:
-        """Give a tensor another name."""
+        """Give a tensor another name; its own is free again."""
+        self._names.remove(self.name_of(value))
         self._graph.tensors[value.index].name = self._unique(name)
 
     def name_of(self, value: Value) -> str:
