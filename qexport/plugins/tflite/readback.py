@@ -154,7 +154,25 @@ def _wrong_scales(model: ReadModel, quantize_nodes: Mapping[str, Node], rows: Ma
         found = model.scales(one.inputs[1])
         if found != expected_scales:
             wrong.append(f"{one.place}: weight of {len(found)} scales that are not the encodings'")
+        elif not _is_bias_of(model, one):
+            wrong.append(
+                f"{one.place}: bias that is not int32 in steps of its input's scale times its weight's"
+            )
     return wrong
+
+
+def _is_bias_of(model: ReadModel, one: ReadOperator) -> bool:
+    """Tell whether an operator's bias has the scales that its kernel takes it to have."""
+    source, weight, bias = one.inputs
+    if len(model.scales(source)) != 1:
+        return True  # an input that is not int8 is another finding
+    steps = model.scales(source)[0] * np.asarray(model.scales(weight), np.float64)
+    found = model.scales(bias)
+    return (
+        bool(model.tensors[bias].type == schema.TensorType.INT32)
+        and len(found) == len(steps)
+        and np.allclose(found, steps, rtol=1e-6, atol=0)
+    )
 
 
 def _seized(model: ReadModel, encodings: Encodings) -> list[str]:
