@@ -17,7 +17,13 @@ from qexport.runtimes.calibration_cache import FILE_NAME as CALIBRATION_CACHE
 from qexport.runtimes.calibration_cache import cache_calibrator
 from qexport.runtimes.nvidia_device import find_device
 from qexport.runtimes.tensorrt_layers import LISTING, EngineLayer, parse_inspector, parse_listing
-from qexport.runtimes.tensorrt_library import CLASSIC, TensorrtLibrary, network_flags, start_builder
+from qexport.runtimes.tensorrt_library import (
+    CLASSIC,
+    TensorrtLibrary,
+    network_flags,
+    no_collection,
+    start_builder,
+)
 from qexport.runtimes.tensorrt_network import load_network
 from qexport.runtimes.tensorrt_network_writer import write_network
 from qexport.target_options import BuildOptions
@@ -105,9 +111,12 @@ class EngineBuilder:
             return self.network
         if not path.is_file():
             raise ArtifactError(f"{path}: no such file. Export again.")
-        parser = trt.OnnxParser(self.network, self._logger)
+        with no_collection():
+            parser = trt.OnnxParser(self.network, self._logger)
         self._keep.append(parser)  # it owns the weights of the network
-        if not parser.parse_from_file(str(path)):
+        with no_collection():
+            parsed = parser.parse_from_file(str(path))
+        if not parsed:
             raise _parse_error(path, [parser.get_error(index) for index in range(parser.num_errors)])
         if not self.network.num_outputs:  # TensorRT takes an empty file for an empty network
             raise ArtifactError(f"{path}: holds no network. Cut off? Export again.")
@@ -138,7 +147,8 @@ class EngineBuilder:
         config = self._config(options, calibration)
         timings = self._take_timings(config, cache)
         began = time.perf_counter()
-        serialized = self.builder.build_serialized_network(self.network, config)
+        with no_collection():
+            serialized = self.builder.build_serialized_network(self.network, config)
         seconds = time.perf_counter() - began
         if serialized is None:
             raise ExportError(_refusal(self.library, self.errors()))
@@ -216,7 +226,8 @@ class EngineBuilder:
         if any(text.startswith(LISTING) for text in texts):
             return parse_listing(texts)
         trt = self.library.trt
-        engine = trt.Runtime(self._logger).deserialize_cuda_engine(data)
+        with no_collection():
+            engine = trt.Runtime(self._logger).deserialize_cuda_engine(data)
         if engine is None or not hasattr(engine, "create_engine_inspector"):
             raise TargetUnavailable(f"{self.library.name} lists the layers of no engine it built here.")
         inspector = engine.create_engine_inspector()

@@ -14,7 +14,7 @@ import numpy as np
 
 from qexport.errors import ArtifactError, TargetUnavailable
 from qexport.runtimes.nvidia_device import find_device
-from qexport.runtimes.tensorrt_library import TensorrtLibrary
+from qexport.runtimes.tensorrt_library import TensorrtLibrary, no_collection
 
 _MEBIBYTE = 2**20
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
@@ -148,10 +148,12 @@ class LoadedEngine:
         if hasattr(trt, "init_libnvinfer_plugins"):
             trt.init_libnvinfer_plugins(self._logger, "")
         try:
-            self._runtime = trt.Runtime(self._logger)
+            with no_collection():
+                self._runtime = trt.Runtime(self._logger)
         except TypeError as error:  # the bindings' word for a null pointer
             raise TargetUnavailable(f"{library.name} does not start here: {self._said()}") from error
-        self.engine = self._runtime.deserialize_cuda_engine(data)
+        with no_collection():
+            self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             said = self._said()
             if _OLD_DRIVER in said and find_device() is not None:

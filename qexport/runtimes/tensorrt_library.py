@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +108,22 @@ def check_bindings(trt: Any) -> None:
         )
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector away while TensorRT works.
+
+    TensorRT holds a lock while it tells a logger of ours what it does. If Python collects garbage just then, and a
+    builder is among it, that builder's end waits for the same lock: for ever.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def start_builder(trt: Any, logger: Any) -> Any:
     """Return a `tensorrt.Builder`.
 
@@ -112,7 +131,8 @@ def start_builder(trt: Any, logger: Any) -> Any:
         TargetUnavailable: there is no GPU or driver, which classic TensorRT needs to build as well.
     """
     try:
-        builder = trt.Builder(logger)
+        with no_collection():
+            builder = trt.Builder(logger)
     except TypeError as error:  # "factory function returned nullptr"
         builder, reason = None, str(error)
     else:
