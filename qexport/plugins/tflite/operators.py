@@ -87,7 +87,7 @@ REAL: dict[str, Real] = {
     "normalised_image": image.normalised_image,
     "pad": shapes.pad,
     "remainder": elementwise.binary(TfliteBuilder.remainder),
-    "sigmoid": elementwise.unary(lambda build, value: build.unary("LOGISTIC", value)),
+    "sigmoid": elementwise.unary(TfliteBuilder.sigmoid),
     "silu": elementwise.unary(elementwise.silu),
     "softmax": elementwise.softmax,
     "sub": elementwise.binary(TfliteBuilder.sub),
