@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torchvision_detectors import FRAME_PX, build_single_level, build_torchvision, texture
 
 from qexport.artifact import Artifact, load_artifact
-from qexport.benchmarks.parity import codes_of, compare
+from qexport.benchmarks.parity import compare
 from qexport.calibration.calibrator import calibrate
 from qexport.detectors.load import LoadedDetector
 from qexport.detectors.static import StaticDetector, make_static
@@ -30,6 +30,7 @@ from qexport.quantization.reference import QuantizedDetector, quantize
 from qexport.runtimes.onnx import OnnxRunner
 from qexport.runtimes.onnx_session import make_session
 from qexport.runtimes.preprocess import normalised_image
+from qexport.sites import codes_of
 from qexport.target_options import TargetOptions
 
 WEIGHTED = ("conv2d", "linear", "add")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qexport.artifact import TensorSite, describe_file, load_artifact, save_artifact
-from qexport.benchmarks.parity import codes_of, compare
+from qexport.benchmarks.parity import compare
 from qexport.benchmarks.recall import RecallCounter
 from qexport.detections import Detections
 from qexport.detectors.static import StaticDetector
@@ -26,6 +26,7 @@ from qexport.quantization.inspection import inspect_layers
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import ParityReport
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.sites import codes_of, stored_of
 
 Frame = NDArray[np.uint8]
 VICTIM = "backbone.body.layer2.0.conv1"
@@ -142,6 +143,7 @@ def test_codes_of_channels_last_site_returns_the_detectors_layout() -> None:
         stored_order=(0, 3, 1, 2),
     )
     np.testing.assert_array_equal(codes_of(site, stored), wanted)
+    np.testing.assert_array_equal(stored_of(site, wanted, stored.shape, stored.dtype), stored)
 
 
 def test_recall_matches_one_to_one_within_a_class() -> None:

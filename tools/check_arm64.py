@@ -125,10 +125,12 @@ def _demo_bundle(cache: Path, target: str) -> Path:
     _say(f"exporting the demo detector for {target}")
     scenes = cache / "scenes"
     write_scenes(scenes)
-    work = pipeline.start(cache / "run", Settings(model="demo", data=str(scenes), calibration_images=16))
+    run = cache / f"demo-{target}.run"
+    shutil.rmtree(run, ignore_errors=True)  # an earlier state of this checkout may have made it
+    work = pipeline.start(run, Settings(model="demo", data=str(scenes), calibration_images=16))
     pipeline.calibrate(work)
     pipeline.export(work, target)
-    return write_bundle(cache / "run", target, cache / f"demo-{target}.qbundle", frames=1).archive
+    return write_bundle(run, target, cache / f"demo-{target}.qbundle", frames=1).archive
 
 
 def _check(machine: Machine, cache: Path, bundle: Path) -> list[str]:

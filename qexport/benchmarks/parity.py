@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qexport.artifact import TensorSite
 from qexport.benchmarks.recall import Against, RecallCounter
 from qexport.detections import Detections
 from qexport.errors import ParityError
@@ -30,6 +29,7 @@ from qexport.quantization.local import LocalReference, Recorder, proposals_node
 from qexport.quantization.reference import QuantizedDetector, without_quantizers
 from qexport.results import Gate, KernelSetParity, LayerParity, ParityReport, ParityStatus
 from qexport.runtimes.runner import Runner, input_of
+from qexport.sites import codes_of
 
 PROPOSALS = "proposals"
 LAYER_GATE = "layer parity"
@@ -238,18 +238,6 @@ class _Session:
                 outputs = recorder.run(frame)
             self.recalls.add_proposals(against, wanted=recorder.values[PROPOSALS], found=proposals)
             self.recalls.add_detections(against, wanted=outputs, found=found)
-
-
-def codes_of(site: TensorSite, stored: NDArray[np.generic]) -> NDArray[np.int8]:
-    """Return a stored tensor as int8 codes with zero point 0, in the detector's own layout."""
-    codes = (stored.astype(np.int16) - site.zero_point).astype(np.int8)
-    if site.stored_shape is not None:
-        codes = codes.reshape(site.stored_shape)
-    if site.stored_order is not None:
-        codes = codes.transpose(site.stored_order)
-    if codes.size == math.prod(site.shape):
-        codes = codes.reshape(site.shape)
-    return np.ascontiguousarray(codes)
 
 
 def _row(

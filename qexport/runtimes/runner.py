@@ -143,6 +143,29 @@ class Runner(ABC):
         """Run once; return `boxes`, `scores`, `labels`, `count` and the named intermediate tensors."""
 
 
+class ForcedRunner(Runner):
+    """A runtime whose layers can each be run on inputs that it did not compute itself."""
+
+    @abstractmethod
+    def run_forced(
+        self,
+        array: NDArray[np.generic],
+        codes: Mapping[str, NDArray[np.int8]],
+        proposals: NDArray[np.float32],
+    ) -> dict[str, NDArray[np.int8]]:
+        """Run every quantized layer with the artifact's own kernels on the inputs that are given.
+
+        Args:
+            array: what `input_of` gives, for the layers that read the image.
+            codes: int8 with zero point 0 in the detector's layout, by key of the encodings, one of every site. They
+                stand for what the runtime computed, for each of its readers.
+            proposals: (R, 4) float32, pixels of the resized image; they stand for the runtime's own.
+
+        Returns:
+            What came out, by key, likewise.
+        """
+
+
 class ProfilingRunner(Runner):
     """A runtime that times its own kernels."""
 
