@@ -22,6 +22,7 @@ and runs `qexport verify`. No PyTorch, nothing outside of that folder, no sudo.
   --wheels FOLDER  take packages from this folder and not from the package index, for a board without network. Fill
                    it on a machine with one, for this board's processor and Python:
                    pip download --dest FOLDER --only-binary :all: --platform manylinux_2_28_aarch64 \
+                       --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
                        --python-version 3.11 'BUNDLE/wheel/qexport-....whl[EXTRA]'
   --video          also what reads video files and cameras (PyAV)
   --no-verify      install only
