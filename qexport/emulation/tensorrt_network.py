@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -87,15 +87,8 @@ class EvaluatedNetwork:
         Raises:
             ArtifactError: an input is missing, or a wanted tensor is not in the network.
         """
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise ArtifactError(
-                f"the network takes {', '.join(self.inputs)}; not given: {', '.join(missing)}"
-            )
         asked = [*self.outputs, *wanted]
-        for name in asked:
-            if name not in self._makers and name not in self._constants and name not in feeds:
-                raise ArtifactError(f"the network has no tensor {name!r}: export again")
+        self._check(feeds, asked)
         needed = self._needed(asked)
         steps = [step for step in self._steps if id(step) in needed]
         uses = Counter(name for step in steps for name in _reads(step))
@@ -110,14 +103,49 @@ class EvaluatedNetwork:
                         values.pop(name, None)
         return {name: values[name] for name in asked}
 
-    def _needed(self, asked: Iterable[str]) -> set[int]:
+    def run_forced(
+        self, feeds: Mapping[str, Tensor], given: Mapping[str, Tensor], asked: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Return what the layers that write tensors compute, each from tensors that are given.
+
+        Args:
+            feeds: the inputs.
+            given: tensors whose readers see these values, whatever was computed.
+            asked: those of them that are returned as they were computed.
+
+        Raises:
+            ArtifactError: an input is missing, or a tensor is not in the network.
+        """
+        self._check(feeds, given)
+        needed = self._needed(asked, given)
+        values: dict[str, Tensor] = {**self._constants, **feeds, **given}
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for step in self._steps:
+                if id(step) in needed:
+                    computed = self._evaluate(step, values)
+                    found.update((name, computed[name]) for name in computed if name in asked)
+                    values.update((name, computed[name]) for name in computed if name not in given)
+        return found
+
+    def _check(self, feeds: Mapping[str, Tensor], asked: Iterable[str]) -> None:
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise ArtifactError(
+                f"the network takes {', '.join(self.inputs)}; not given: {', '.join(missing)}"
+            )
+        for name in asked:
+            if name not in self._makers and name not in self._constants and name not in feeds:
+                raise ArtifactError(f"the network has no tensor {name!r}: export again")
+
+    def _needed(self, asked: Iterable[str], given: Collection[str] = ()) -> set[int]:
         needed: set[int] = set()
         waiting = list(asked)
         while waiting:
             step = self._makers.get(waiting.pop())
             if step is not None and id(step) not in needed:
                 needed.add(id(step))
-                waiting += _reads(step)
+                waiting += [name for name in _reads(step) if name not in given]
         return needed
 
     def _fold(self) -> None:

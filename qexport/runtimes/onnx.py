@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from qexport.layers import Kind
 from qexport.runtimes import onnx_kernels
+from qexport.runtimes.onnx_forced import ForcedSession
 from qexport.runtimes.onnx_session import make_session, with_outputs
-from qexport.runtimes.runner import OUTPUTS, KernelTime, ProfiledRun, ProfilingRunner
+from qexport.runtimes.runner import OUTPUTS, ForcedRunner, KernelTime, ProfiledRun, ProfilingRunner
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,11 +24,12 @@ INPUT = "frame"
 _KERNEL_SUFFIX = "_kernel_time"
 
 
-class OnnxRunner(ProfilingRunner):
+class OnnxRunner(ProfilingRunner, ForcedRunner):
     """Runs an ONNX artifact in ONNX Runtime."""
 
     _session: onnxruntime.InferenceSession
     _probes: dict[tuple[str, ...], onnxruntime.InferenceSession]
+    _forced: ForcedSession | None
 
     def open(self) -> None:
         """Load the file.
@@ -37,11 +39,11 @@ class OnnxRunner(ProfilingRunner):
             ArtifactError: ONNX Runtime does not accept the file.
         """
         self._session = make_session(self.path, threads=self.threads)
-        self._probes = {}
+        self._probes, self._forced = {}, None
 
     def close(self) -> None:
         """Free the sessions."""
-        del self._session
+        del self._session, self._forced
         self._probes.clear()
 
     def run(self, array: NDArray[np.generic], tensors: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
@@ -49,6 +51,17 @@ class OnnxRunner(ProfilingRunner):
         names = [*OUTPUTS, *tensors]
         session = self._probe(tuple(tensors)) if tensors else self._session
         return dict(zip(names, session.run(names, {INPUT: array}), strict=True))
+
+    def run_forced(
+        self,
+        array: NDArray[np.generic],
+        codes: Mapping[str, NDArray[np.int8]],
+        proposals: NDArray[np.float32],
+    ) -> dict[str, NDArray[np.int8]]:
+        """Run every layer on the codes that are given, in a session of the file cut at each of them."""
+        if self._forced is None:
+            self._forced = ForcedSession(self.path, self.artifact, threads=self.threads)
+        return self._forced.run(array, codes, proposals)
 
     def profile(self, array: NDArray[np.generic], *, warmup: int, runs: int) -> list[ProfiledRun]:
         """Run with ONNX Runtime's own profiler."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -10,8 +12,9 @@ from numpy.typing import NDArray
 
 from qexport.errors import ArtifactError, DatasetError, TargetUnavailable
 from qexport.layers import Kind
-from qexport.runtimes.runner import OUTPUTS, ProfiledRun, ProfilingRunner, SharedKernel
+from qexport.runtimes.runner import OUTPUTS, ForcedRunner, ProfiledRun, ProfilingRunner, SharedKernel
 from qexport.runtimes.tflite_chain import time_between_kernels_ms
+from qexport.runtimes.tflite_forced import ForcedInterpreter
 from qexport.runtimes.tflite_kernels import Timeline, make_timeline, owners_of_operators
 from qexport.runtimes.tflite_library import (
     OperatorGraph,
@@ -26,7 +29,7 @@ from qexport.runtimes.tflite_profiler import Port, ProfiledModel, version_refusa
 Kernels = Literal["xnnpack", "builtin"]
 
 
-class TfliteRunner(ProfilingRunner):
+class TfliteRunner(ProfilingRunner, ForcedRunner):
     """Runs a `.tflite` with XNNPACK's kernels where it has them, TFLite's own elsewhere."""
 
     kernels: ClassVar[Kernels] = "xnnpack"
@@ -36,6 +39,7 @@ class TfliteRunner(ProfilingRunner):
     _interpreter: Any
     _kept: Any
     """An interpreter that keeps every tensor; None until one is asked for."""
+    _forced: ForcedInterpreter | None
     _graph: OperatorGraph
     _timeline: Timeline | None
     _refusal: str | None
@@ -48,14 +52,14 @@ class TfliteRunner(ProfilingRunner):
             ArtifactError: the file is cut off or another model's, or has an operator that is newer than the runtime.
         """
         self._library = load_library()
-        self._interpreter = self._open(keep=False)
+        self._interpreter = self._open(self.path, keep=False)
         self._check_ports()
         self._graph = read_graph(self._interpreter)
-        self._kept, self._timeline, self._refusal = None, None, None
+        self._kept, self._forced, self._timeline, self._refusal = None, None, None, None
 
     def close(self) -> None:
         """Free the interpreters."""
-        del self._interpreter, self._kept
+        del self._interpreter, self._kept, self._forced
 
     @property
     def kernel_set(self) -> str:
@@ -75,11 +79,22 @@ class TfliteRunner(ProfilingRunner):
         found = self._invoke(self._interpreter, array)
         if tensors:
             if self._kept is None:
-                self._kept = self._open(keep=True)
+                self._kept = self._open(self.path, keep=True)
             kept = self._invoke(self._kept, array)
             self._check_same(found, kept, "while it keeps intermediate tensors")
             found |= self._read(self._kept, tensors)
         return found
+
+    def run_forced(
+        self,
+        array: NDArray[np.generic],
+        codes: Mapping[str, NDArray[np.int8]],
+        proposals: NDArray[np.float32],
+    ) -> dict[str, NDArray[np.int8]]:
+        """Run every layer on the codes that are given, in an interpreter of the file cut at each of them."""
+        if self._forced is None:
+            self._forced = ForcedInterpreter(self.path, self.artifact, partial(self._open, keep=False))
+        return self._forced.run(self._checked(array), codes, proposals)
 
     def profile_refusal(self) -> str:
         """Return why operators cannot be timed here; empty where they can. The first call tries it on a blank frame."""
@@ -116,9 +131,9 @@ class TfliteRunner(ProfilingRunner):
         """Measure on a chain of operators that do next to nothing."""
         return time_between_kernels_ms(self._library)
 
-    def _open(self, *, keep: bool) -> Any:
+    def _open(self, path: Path, *, keep: bool) -> Any:
         return open_interpreter(
-            self._library, self.path, threads=self.threads, builtin=self.kernels == "builtin", keep=keep
+            self._library, path, threads=self.threads, builtin=self.kernels == "builtin", keep=keep
         )
 
     def _check_ports(self) -> None:
