@@ -140,8 +140,34 @@ Targets: TypeAlias = Annotated[
         help="Runtime to lower to, may be given several times; see `qexport targets`.",
     ),
 ]
+DemoTargets: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        show_default=False,
+        help="Runtime to lower to, may be given several times. Default: onnx and tflite.",
+    ),
+]
 OneTarget: TypeAlias = Annotated[
     str, typer.Option("--target", metavar="NAME", help="Runtime to lower to; see `qexport targets`.")
+]
+TargetsOfRun: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        show_default=False,
+        help="Runtime to compare; with --cross it may be given several times, the default is every one that was "
+        "exported.",
+    ),
+]
+Cross: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--cross",
+        help="Instead: every target against every other, each layer given what the quantized reference computes.",
+    ),
 ]
 Run: TypeAlias = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder that `qexport run` or `qexport inspect` made.")

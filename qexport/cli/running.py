@@ -13,6 +13,7 @@ from qexport.settings import Settings
 DEMO_MODEL = "demo"
 DEMO_MAX_DROP = 0.02
 """Two points: on the 64 images of the demo, less is inside the noise of another processor's rounding."""
+DEMO_TARGETS = ("onnx", "tflite")
 _PERCENTILE = 99.99
 
 
@@ -74,6 +75,7 @@ def run(
 
 def demo(
     out: options.Out,
+    target: options.DemoTargets = None,
     scenes: Annotated[
         int, typer.Option("--scenes", metavar="N", min=2, help="Images to draw for each of train and test.")
     ] = 64,
@@ -84,7 +86,7 @@ def demo(
 ) -> None:
     """Try everything with a small detector that comes with the package, on images that are drawn for it.
 
-    The images go into a folder beside the run, runs/demo-data. Target is onnx; the last line names the report.
+    The images go into a folder beside the run, runs/demo-data. The last line names the report.
 
       qexport demo --out runs/demo
     """
@@ -92,7 +94,8 @@ def demo(
     from qexport.pipeline import check_targets  # noqa: PLC0415 - `--help` needs none of it
     from qexport.run_folder import holds_run  # noqa: PLC0415
 
-    check_targets(["onnx"], whole_run=True)
+    targets = target or list(DEMO_TARGETS)
+    check_targets(targets, whole_run=True)
     holds_run(out)  # refuses a file before the images are drawn
     folder = out.with_name(f"{out.name}-data")
     with screen.progress("draw scenes", 2 * scenes + scenes // 2) as step:
@@ -104,7 +107,7 @@ def demo(
         max_drop=DEMO_MAX_DROP,
         min_accounted=min_accounted,
     )
-    _run_all(settings, out, ["onnx"], runs, warmup, threads)
+    _run_all(settings, out, targets, runs, warmup, threads)
 
 
 def inspect(
@@ -164,7 +167,7 @@ def _run_all(settings: Settings, out: Path, targets: list[str], runs: int, warmu
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
     outcome = pipeline.run_all(work, targets, runs=runs, warmup=warmup, threads=threads)
     screen.show_table(tables.outcome_table(work.path, targets))
-    for sentence in outcome.untimed:
+    for sentence in (*outcome.uncrossed, *outcome.untimed):
         screen.show(sentence)
     screen.show(f"artifacts: {', '.join(str(work.path / target) for target in targets)}")
     screen.show(f"figures:   {outcome.report.json}, {outcome.report.timings}")
