@@ -2,6 +2,7 @@
 
     checkpoint ─ inspect ─► detector.json ─ calibrate ─► encodings.json ─ export ─► TARGET/artifact.json
         compare ─► TARGET/parity.json     evaluate ─► accuracy.json     bench ─► TARGET/latency.json
+        cross ─► cross.json, where there are several targets
                                     report ─► report.html
 
 Each stage reads the files of the stages before and writes its own, whole or not at all; one that is complete
@@ -26,8 +27,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qexport import steps
+from qexport import crossing, steps
 from qexport.artifact import MANIFEST, Artifact
+from qexport.cross_results import CrossReport
+from qexport.crossing import check_cross_targets
 from qexport.dataset import load_dataset
 from qexport.devices import has_device, runner_for, why_untimed
 from qexport.encodings import Encodings, save_encodings
@@ -59,8 +62,10 @@ __all__ = [
     "Work",
     "bench",
     "calibrate",
+    "check_cross_targets",
     "check_targets",
     "compare",
+    "cross",
     "evaluate",
     "export",
     "exported_targets",
@@ -84,6 +89,8 @@ class Outcome:
     report: ReportFiles
     untimed: tuple[str, ...] = ()
     """For each target whose device is not here: that it was not timed, and how to have it timed."""
+    uncrossed: tuple[str, ...] = ()
+    """For each target that is not in the table of targets against each other: why."""
 
     @property
     def failed(self) -> tuple[Gate, ...]:
@@ -170,7 +177,9 @@ def export(work: Work, target: str) -> Artifact:
 
     def write() -> None:
         quantized = work.quantized
-        work.folder.discard(f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate")
+        work.folder.discard(
+            f"compare.{target}", f"bench.{target}", f"detect.{target}", "evaluate", crossing.STAGE
+        )
         (work.path / target / MANIFEST).unlink(
             missing_ok=True
         )  # the files it names are replaced, one after another
@@ -207,6 +216,18 @@ def compare(work: Work, target: str) -> ParityReport:
     inputs = steps.inputs_of_compare(work, artifact)
     work.folder.stage(f"compare.{target}", inputs, [f"{target}/parity.json"], write)
     return read_json(folder / "parity.json", ParityReport, RunFolderError)
+
+
+def cross(work: Work, targets: Sequence[str]) -> CrossReport:
+    """Compare every target with every other, each layer given what the quantized reference computes: `cross.json`.
+
+    Raises:
+        QexportError: fewer than two targets, or one given twice.
+        TargetUnavailable: a target's layers cannot be run one by one here.
+        ArtifactError: artifacts that are not the same model.
+    """
+    check_cross_targets(targets)
+    return crossing.cross(work, targets, inspect(work).layers)
 
 
 def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
@@ -353,6 +374,10 @@ def run_all(
     for target in targets:
         export(work, target)
         gates += compare(work, target).gates
+    refusals = {target: crossing.why_not_crossed(target) for target in targets} if len(targets) > 1 else {}
+    crossed = [target for target, refusal in refusals.items() if not refusal]
+    if len(crossed) > 1:
+        gates += cross(work, crossed).gates
     gates += evaluate(work, targets).gates
     untimed = []
     for target in targets:
@@ -360,7 +385,7 @@ def run_all(
             gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
         else:
             untimed.append(why_untimed(target, work.path))
-    return Outcome(tuple(gates), report(work.path), tuple(untimed))
+    return Outcome(tuple(gates), report(work.path), tuple(untimed), tuple(filter(None, refusals.values())))
 
 
 def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...]:

@@ -89,28 +89,71 @@ def export(run: options.Run, target: options.OneTarget, target_option: options.T
 
 def compare(
     run: options.Run,
-    target: options.OneTarget,
+    target: options.TargetsOfRun = None,
+    cross: options.Cross = False,
     parity_images: options.ParityImagesChange = None,
     tolerance: options.ToleranceChange = None,
     max_unmatched: options.MaxUnmatchedChange = None,
 ) -> None:
     """Compare an artifact with the integer reference and the float detector, layer by layer.
 
-    Leaves with exit code 1 and names the layer where a gate fails.
+    Leaves with exit code 1 and names the layer where a gate fails. With --cross all targets are compared with one
+    another.
 
       qexport compare runs/mine --target onnx --parity-images 4
+      qexport compare runs/mine --cross
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
-    pipeline.check_targets([target])
+    if cross:
+        _compare_all(
+            run, target, parity_images, limits_given=tolerance is not None or max_unmatched is not None
+        )
+        return
+    one = _single(target, run)
+    pipeline.check_targets([one])
     work = _resume(
         run,
         {"parity_images": parity_images, "tolerance_steps": tolerance, "max_unmatched": max_unmatched},
     )
-    parity = pipeline.compare(work, target)
+    parity = pipeline.compare(work, one)
     screen.show_table(tables.parity_table(parity))
-    screen.show(f"wrote {work.path / target / 'parity.json'}")
+    screen.show(f"wrote {work.path / one / 'parity.json'}")
     tables.require_gates(parity.gates)
+
+
+def _single(targets: Sequence[str] | None, run: Path) -> str:
+    """Return the one target that was given."""
+    if not targets:
+        raise QexportError(
+            f"--target is missing: which target of the run {run}? With --cross all are compared."
+        )
+    if len(targets) > 1:
+        raise QexportError(
+            f"--target is given {len(targets)} times: one target is compared with its references at a time. To compare "
+            "targets with each other: --cross."
+        )
+    return targets[0]
+
+
+def _compare_all(
+    run: Path, targets: Sequence[str] | None, parity_images: int | None, *, limits_given: bool
+) -> None:
+    """Compare every target with every other; show each pair."""
+    from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
+
+    if limits_given:
+        raise QexportError(
+            "--tolerance and --max-unmatched are for a target and its references; the limits between two targets are "
+            "fixed. Leave them out."
+        )
+    chosen = targets or pipeline.exported_targets(run)
+    pipeline.check_cross_targets(chosen)
+    work = _resume(run, {"parity_images": parity_images})
+    found = pipeline.cross(work, chosen)
+    screen.show_table(tables.cross_table(found))
+    screen.show(f"wrote {work.path / 'cross.json'}")
+    tables.require_gates(found.gates)
 
 
 def bench(

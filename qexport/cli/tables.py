@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from qexport.cross_results import CrossReport
 from qexport.devices import has_device
 from qexport.engines import FOLDER, load_engines
 from qexport.errors import GateFailed
@@ -141,6 +142,24 @@ def parity_table(parity: ParityReport) -> Table:
         f"{count} {status.replace('_', ' ')}" for status, count in status_counts(parity).items()
     )
     table.caption = f"{parity.images} images; layers: {counts}"
+    return table
+
+
+def cross_table(found: CrossReport) -> Table:
+    """Return a row for each pair of targets."""
+    table = _table("targets", ">values", ">differ", ">per million", ">max step", "RoIAlign", "first parts at")
+    for pair in found.pairs:
+        total, form = pair.promised, pair.kinds.get("roi_align")
+        table.add_row(
+            f"{pair.first} and {pair.second}",
+            f"{total.values:,}",
+            f"{total.differing:,}",
+            f"{total.per_million:.2f}",
+            str(total.max_step),
+            f"{form.per_million:,.0f} per million, max step {form.max_step}" if form else "-",
+            escape(pair.parts_at) or "nowhere",
+        )
+    table.caption = f"{found.images} images of {found.split}; values of convolutions, linears and adds"
     return table
 
 
