@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.benchmarks.report import csvs, pictures, plots, proposals, tables, verdict
+from qexport.benchmarks.report import cross, csvs, pictures, plots, proposals, tables, verdict
 from qexport.benchmarks.report.document import (
     ReportDocument,
     TargetDocument,
@@ -84,6 +84,7 @@ def report_document(run: RunResults) -> ReportDocument:
             for one in run.targets
         ),
         missing=run.missing,
+        cross=run.cross,
     )
 
 
@@ -121,6 +122,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "curves": plots.precision_recall(accuracy, "curves") if accuracy else "",
         "curve_labels": plots.curve_labels(accuracy) if accuracy else (),
         "targets": [_target(run, one, number, dataset_root) for number, one in enumerate(run.targets)],
+        "cross": _cross(run),
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,
         "baselines": tables.BASELINES,
@@ -138,6 +140,8 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "untimed": any(missing.target == one.target and missing.needs_device for missing in run.missing),
         "parity": beside,
         "worst": tables.worst_layer(parity) if parity else None,
+        "max_step": tables.largest_step(parity) if parity else None,
+        "kernels": tables.main_kernels(one.artifact) if one.artifact else "",
         "statuses": tables.status_counts(parity) if parity else {},
         "sqnr_plot": plots.sqnr_by_depth(parity, f"{name}-sqnr") if parity else "",
         "latencies": [
@@ -147,6 +151,17 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "floats": tables.float_decisions(run.encodings, one.artifact),
         "artifact_sha256": one.artifact.sha256 if one.artifact else None,
         "pictures": [(one, pictures.embed(dataset_root, one.image)) for one in differences],
+    }
+
+
+def _cross(run: RunResults) -> dict[str, object] | None:
+    if run.cross is None:
+        return None
+    return {
+        "report": run.cross,
+        "verdict": verdict.cross_verdict(run.cross),
+        "plot": cross.matrix(run.cross, "cross-matrix"),
+        "sentences": cross.sentences(run.cross),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision, Rung, UnquantizedRow
+from qexport.cross_results import CrossReport
 from qexport.encodings import Encodings, FloatRow
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
@@ -114,6 +115,7 @@ class ReportDocument(_Part, frozen=True):
     accuracy: AccuracyReport | None
     targets: tuple[TargetDocument, ...]
     missing: tuple[MissingStage, ...]
+    cross: CrossReport | None = None
     format_version: Literal[1] = FORMAT_VERSION
 
 

@@ -1,22 +1,22 @@
-"""The plots, as SVG text that stands inside the page.
-
-Colours are placeholders that become CSS variables of the page, so a plot follows the light and the dark
-theme; identifiers are derived from the plot's name, so the bytes are the same from run to run and two
-plots never share one.
-"""
+"""The plots, as SVG text that stands inside the page."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from qexport.benchmarks.report.figure import (
+    BAD,
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    STAGE_COLOURS,
+    SURFACE,
+    drawn_figure,
+)
 from qexport.benchmarks.report.proposals import own_point
 from qexport.benchmarks.report.verdict import parity_gates_verdict
-from qexport.errors import TargetUnavailable
 from qexport.layers import STAGES
 from qexport.results import (
     Accuracy,
@@ -31,7 +31,6 @@ from qexport.results import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MAX_BARS = 40
 MAX_CURVES = 12
@@ -39,44 +38,7 @@ MAX_CURVES = 12
 _ASIDE = 0.006
 """By which share of the axis two metrics of one point stand left and right of it, so that both are seen."""
 
-_INK, _MUTED, _GRID, _SURFACE, _BAD = "#010101", "#010102", "#010103", "#010104", "#010105"
-_STAGE_COLOURS = {stage: f"#0102{number:02x}" for number, stage in enumerate(STAGES, start=1)}
-_SERIES = tuple(f"#0103{number:02x}" for number in range(1, 7))
-_VARIABLES = {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _GRID: "--line",
-    _SURFACE: "--surface",
-    _BAD: "--bad",
-    **{colour: f"--stage-{stage.replace('_', '-')}" for stage, colour in _STAGE_COLOURS.items()},
-    **{colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)},
-}
 _STAGE_MARKERS = dict(zip(STAGES, ("X", "o", "s", "^", "P", "D", "v", "*"), strict=True))
-_STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "text.parse_math": False,  # a class called "$x$" is a name, not mathematics
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-    "axes.unicode_minus": True,
-}
 
 
 def sqnr_by_depth(parity: ParityReport, name: str) -> str:
@@ -94,7 +56,7 @@ def sqnr_by_depth(parity: ParityReport, name: str) -> str:
     if not fp32:
         return ""
     rows = 2 if reference else 1
-    with _figure(name, width=9.6, height=3.1 * rows) as (figure, result):
+    with drawn_figure(name, width=9.6, height=3.1 * rows) as (figure, result):
         axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
         _scatter_by_stage(axes[0], fp32, [layer.sqnr_fp32_db or 0.0 for layer in fp32])
         axes[0].set_title("SQNR against the float detector (quantization and everything before the layer)")
@@ -122,7 +84,7 @@ def precision_recall(accuracy: AccuracyReport, name: str) -> str:
         return ""
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
-    with _figure(name, width=3.2 * columns + 0.4, height=2.8 * rows + 0.4) as (figure, result):
+    with drawn_figure(name, width=3.2 * columns + 0.4, height=2.8 * rows + 0.4) as (figure, result):
         for position, label in enumerate(labels, start=1):
             axes = figure.add_subplot(rows, columns, position)
             for number, subject in enumerate(accuracy.subjects):
@@ -156,17 +118,17 @@ def latency_by_layer(profile: LatencyProfile, name: str, parity: str) -> str:
     if not profile.layers:
         return ""
     bars = _bars(profile)
-    with _figure(name, width=9.6, height=0.21 * len(bars) + 1.3) as (figure, result):
+    with drawn_figure(name, width=9.6, height=0.21 * len(bars) + 1.3) as (figure, result):
         axes = figure.add_subplot()
         places = range(len(bars))
         eager = [bar[2] or 0.0 for bar in bars]
         upper, lower = [place - 0.2 for place in places], [place + 0.2 for place in places]
-        axes.barh(lower, eager, 0.38, color=_SERIES[0], label="PyTorch eager fp32")
+        axes.barh(lower, eager, 0.38, color=SERIES[0], label="PyTorch eager fp32")
         axes.barh(
             upper,
             [bar[1] for bar in bars],
             0.38,
-            color=_SERIES[2],
+            color=SERIES[2],
             label=f"{profile.target} artifact",
         )
         axes.set_yticks(list(places), [bar[0] for bar in bars], family="monospace", fontsize=7.5)
@@ -188,7 +150,7 @@ def change_over_proposals(curve: ProposalCurve, name: str, *, alone: bool) -> st
         alone: it stands over the whole width of the page, not beside another.
     """
     numbers = [point.proposals for point in curve.points]
-    with _figure(name, width=9.6 if alone else 5.6, height=3.4) as (figure, result):
+    with drawn_figure(name, width=9.6 if alone else 5.6, height=3.4) as (figure, result):
         axes = figure.add_subplot()
         axes.set_xscale("log")  # halving the number is as far anywhere
         axes.set_xticks(numbers, [str(number) for number in numbers])
@@ -211,7 +173,7 @@ def change_over_latency(curve: ProposalCurve, latency: ProposalLatency, name: st
     """
     stats = {point.proposals: point.stats for point in latency.points}
     medians = [stats[point.proposals].p50_ms for point in curve.points]
-    with _figure(name, width=5.6, height=3.4) as (figure, result):
+    with drawn_figure(name, width=5.6, height=3.4) as (figure, result):
         axes = figure.add_subplot()
         shift = _ASIDE * (max(medians) - min(medians))
         _changes(axes, curve, [median - shift for median in medians], [median + shift for median in medians])
@@ -240,10 +202,10 @@ def _changes(
 ) -> None:
     """Draw both metrics at their places; the run's own number is zero and has no interval."""
     own = own_point(curve)
-    axes.axhline(0, color=_MUTED, linewidth=0.8)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
     for metric, places, colour, marker, value, interval in (
-        ("VOC mAP", voc_places, _SERIES[2], "o", "voc_map50", "voc_change_interval"),
-        ("COCO mAP", coco_places, _SERIES[1], "s", "coco_map", "coco_change_interval"),
+        ("VOC mAP", voc_places, SERIES[2], "o", "voc_map50", "voc_change_interval"),
+        ("COCO mAP", coco_places, SERIES[1], "s", "coco_map", "coco_change_interval"),
     ):
         changes = [100 * (getattr(point, value) - getattr(own, value)) for point in curve.points]
         spans = [getattr(point, interval) for point in curve.points]
@@ -277,7 +239,7 @@ def _bars(profile: LatencyProfile) -> Sequence[tuple[str, float, float | None]]:
 
 def _scatter_by_stage(axes: Axes, layers: Sequence[LayerParity], values: Sequence[float]) -> None:
     orders = [layer.order for layer in layers]
-    axes.plot(orders, values, color=_GRID, linewidth=0.8, zorder=1)
+    axes.plot(orders, values, color=GRID, linewidth=0.8, zorder=1)
     for stage in STAGES:
         chosen = [place for place, layer in enumerate(layers) if layer.stage == stage]
         if chosen:
@@ -287,8 +249,8 @@ def _scatter_by_stage(axes: Axes, layers: Sequence[LayerParity], values: Sequenc
                 linestyle="none",
                 marker=_STAGE_MARKERS[stage],
                 markersize=5.5,
-                color=_STAGE_COLOURS[stage],
-                markeredgecolor=_SURFACE,
+                color=STAGE_COLOURS[stage],
+                markeredgecolor=SURFACE,
                 markeredgewidth=0.5,
                 label=stage.replace("_", " "),
             )
@@ -301,7 +263,7 @@ def _scatter_by_stage(axes: Axes, layers: Sequence[LayerParity], values: Sequenc
             marker="o",
             markersize=11,
             markerfacecolor="none",
-            color=_BAD,
+            color=BAD,
             markeredgewidth=1.6,
             label="not ok",
         )
@@ -317,7 +279,7 @@ def _mark_worst(axes: Axes, layers: Sequence[LayerParity]) -> None:
         textcoords="offset points",
         ha="right" if late else "left",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.05 * (high - low), high)
@@ -329,53 +291,9 @@ def _curve(axes: Axes, subject: Accuracy, label: str, number: int) -> None:
     axes.plot(
         found.recall if found else [],
         found.precision if found else [],
-        color=_SERIES[number % len(_SERIES)],
+        color=SERIES[number % len(SERIES)],
         linestyle=styles[number % len(styles)],
         linewidth=3.4 if number == 0 else 1.6,
         alpha=0.6 if number == 0 else 1.0,
         label=subject.subject,
     )
-
-
-@contextmanager
-def _figure(name: str, *, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
-    """Yield a figure (inches) and a list; when the block ends, the list's one item is the figure's SVG."""
-    try:
-        from matplotlib import style  # noqa: PLC0415 - only a report needs matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise TargetUnavailable(
-            "the report's plots need matplotlib, which is not installed: pip install 'qexport[report]'"
-        ) from error
-    result: list[str] = []
-    with style.context(["default", {**_STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
-        # The browser draws the text with its own fonts, so a letter that matplotlib's font lacks is no fault.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.patch.set_alpha(0)
-        FigureCanvasSVG(figure)
-        yield figure, result
-        for axes in figure.axes:
-            axes.patch.set_alpha(0)
-        stream = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", metadata=nothing)
-        result.append(_inline(stream.getvalue(), name))
-
-
-def _inline(svg: str, name: str) -> str:
-    """Return the `<svg>` element alone, with CSS variables for colours and identifiers of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?)\s+width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)\s+height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", '<svg role="img" ', 1)
-    svg = re.sub(r"<[^>]+>", lambda tag: _own_names(tag.group(), name), svg)
-    return svg.rstrip()
-
-
-def _own_names(tag: str, name: str) -> str:
-    """Return one tag with its colours and identifiers renamed; text between tags is left as it is."""
-    tag = re.sub(r'\bid="', f'id="{name}-', tag)
-    tag = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", tag)
-    return re.sub(r"#01010[1-5]|#0102\d\d|#0103\d\d", lambda found: f"var({_VARIABLES[found.group()]})", tag)

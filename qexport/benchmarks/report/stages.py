@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from qexport.artifact import MANIFEST, Artifact
 from qexport.benchmarks.report.document import MissingStage
+from qexport.cross_results import CrossReport
 from qexport.encodings import Encodings, load_encodings
 from qexport.engines import Engine, load_engines
 from qexport.errors import RunFolderError
@@ -56,6 +57,7 @@ LATENCY = Stage("latency", "latency.json", LatencyProfile, "bench")
 COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
 PROPOSALS = Stage("proposals", "proposals.json", ProposalCurve, "evaluate")
 PROPOSALS_LATENCY = Stage("latency over proposals", "proposals_latency.json", ProposalLatency, "evaluate")
+CROSS = Stage("targets against each other", "cross.json", CrossReport, "compare")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
 MEASUREMENTS = "measurements"
@@ -99,6 +101,8 @@ class RunResults:
     detections: DetectionsRecord | None
     targets: tuple[TargetResults, ...]
     missing: tuple[MissingStage, ...]
+    cross: CrossReport | None = None
+    """None where there is one target, or nobody asked for it: it is no stage of every run."""
 
 
 class _Reader:
@@ -166,8 +170,23 @@ def read_run(run: Path) -> RunResults:
         accuracy=accuracy,
         detections=detections,
         targets=targets,
+        cross=_read_cross(reader, targets),
         missing=tuple(reader.missing),
     )
+
+
+def _read_cross(reader: _Reader, targets: Sequence[TargetResults]) -> CrossReport | None:
+    path = reader.run / CROSS.file
+    if not path.is_file():
+        return None
+    cross = read_json(path, CrossReport, RunFolderError)
+    artifacts = {one.target: one.artifact for one in targets if one.artifact is not None}
+    for target in cross.targets:
+        artifact = artifacts.get(target.name)
+        if target.artifact_sha256 and (artifact is None or artifact.sha256 != target.artifact_sha256):
+            reader.miss(CROSS, "", "was measured on other artifacts", options=["--cross"])
+            return None
+    return cross
 
 
 def _target_names(run: Path) -> Sequence[str]:

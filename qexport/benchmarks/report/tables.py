@@ -6,6 +6,7 @@ are, and gives no reduction: it would compare different things.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,17 @@ def worst_layer(parity: ParityReport) -> LayerParity | None:
         return max(failing, key=lambda layer: (layer.max_step or 0, -layer.order))
     measured = [layer for layer in parity.layers if layer.sqnr_fp32_db is not None]
     return min(measured, key=lambda layer: (layer.sqnr_fp32_db or 0.0, layer.order)) if measured else None
+
+
+def largest_step(parity: ParityReport) -> int | None:
+    """Return the largest local difference of any layer; None where none was compared."""
+    return max((layer.max_step for layer in parity.layers if layer.max_step is not None), default=None)
+
+
+def main_kernels(artifact: Artifact, most: int = 3) -> str:
+    """Return the runtime's kernels that compute the most layers, `QLinearConv 43, QLinearAdd 12, QGemm 4`."""
+    found = Counter(kernel for layer in artifact.layers for kernel in layer.kernels)
+    return ", ".join(f"{kernel} {layers}" for kernel, layers in found.most_common(most))
 
 
 def status_counts(parity: ParityReport) -> dict[str, int]:

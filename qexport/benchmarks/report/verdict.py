@@ -8,6 +8,7 @@ from typing import Literal
 
 from qexport.benchmarks.report.document import Verdict
 from qexport.benchmarks.report.stages import RunResults
+from qexport.cross_results import CrossReport
 from qexport.results import Gate, ParityReport
 
 
@@ -15,9 +16,9 @@ from qexport.results import Gate, ParityReport
 class GateLine:
     """A gate, and what it was measured on."""
 
-    group: Literal["parity", "accuracy", "latency"]
+    group: Literal["parity", "comparison", "accuracy", "latency"]
     target: str
-    """Empty for a gate on the whole run."""
+    """A target, or two that were compared; empty for a gate on the whole run."""
     gate: Gate
 
     @property
@@ -27,11 +28,13 @@ class GateLine:
 
 
 def gate_lines(run: RunResults) -> tuple[GateLine, ...]:
-    """Return every gate in the order in which the stages run: parity, accuracy, latency."""
+    """Return every gate in the order in which the stages run: parity, targets compared, accuracy, latency."""
     lines: list[GateLine] = []
     for target in run.targets:
         if target.parity is not None:
             lines += [GateLine("parity", target.target, gate) for gate in target.parity.gates]
+    if run.cross is not None:
+        lines += [GateLine("comparison", gate.subject, gate) for gate in run.cross.gates]
     if run.accuracy is not None:
         lines += [GateLine("accuracy", "", gate) for gate in run.accuracy.gates]
     for target in run.targets:
@@ -73,6 +76,15 @@ def parity_verdict(parity: ParityReport | None) -> Verdict:
     if parity is None:
         return Verdict(state="incomplete", text="parity not measured", gates=0, failed=0)
     return parity_gates_verdict(parity.gates)
+
+
+def cross_verdict(cross: CrossReport) -> Verdict:
+    """Return the line that stands beside the targets that were compared with one another."""
+    failed = [gate for gate in cross.gates if not gate.passed]
+    if failed:
+        text = f"{failed[0].subject}: {describe_gate(failed[0])}"
+        return Verdict(state="failed", text=text, gates=len(cross.gates), failed=len(failed))
+    return Verdict(state="ok", text="every pair ok", gates=len(cross.gates), failed=0)
 
 
 def parity_gates_verdict(gates: Sequence[Gate]) -> Verdict:
