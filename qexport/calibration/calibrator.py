@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from qexport.encodings import (
     WEIGHT_RANGE,
     EncodingRow,
     Encodings,
+    FloatRow,
     QuantParams,
     digest_of_rows,
 )
@@ -72,6 +75,59 @@ def calibrate(
     Raises:
         CalibrationError: no frames, a pattern that matches nothing, or activations that are not finite.
     """
+    observed = watch(static, observer=observer, percentile=percentile, keep_float=keep_float)
+    images = show(observed, frames, on_image)
+    if images == 0:
+        raise CalibrationError("no image to calibrate with: choose another --calibration-split or folder.")
+    source = name_observer(observer, percentile)
+    activations = activation_rows(observed, source)
+    rows = (*activations, *weight_rows(observed, {row.key: row.params.scale[0] for row in activations}))
+    return Encodings(
+        detector_sha256=fingerprint(static),
+        scheme=SCHEME,
+        calibration={"observer": source, "images": images, **(notes or {})},
+        keep_float=keep_float,
+        rows=rows,
+        float_rows=observed.float_rows,
+        rows_sha256=digest_of_rows(rows, observed.float_rows),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A detector's graph whose quantized tensors are watched."""
+
+    graph: GraphModule
+    """BatchNorm folded, an observer behind every tensor."""
+    keys: Mapping[str, str]
+    """Encodings key of what each operator computes, by node name."""
+    float_rows: tuple[FloatRow, ...]
+
+    def activations(self) -> Iterator[tuple[str, SymmetricObserver]]:
+        """Yield the key of each activation with its observer; tensors of one scale have the same observer."""
+        for node in self._watchers():
+            watched = argument_node(node)
+            if watched.op != "get_attr":
+                yield self.keys[base_of(watched).name], getattr(self.graph, str(node.target))
+
+    def weights(self) -> Iterator[tuple[str, Node, SymmetricObserver]]:
+        """Yield the key of each weight, the node of its observer and the observer."""
+        for node in self._watchers():
+            if argument_node(node).op == "get_attr":
+                yield weight_key(next(iter(node.users))), node, getattr(self.graph, str(node.target))
+
+    def _watchers(self) -> Iterator[Node]:
+        return (node for node in self.graph.graph.nodes if node.op == "call_module")
+
+
+def watch(
+    static: StaticDetector, *, observer: ObserverName, percentile: float, keep_float: tuple[str, ...]
+) -> Observed:
+    """Return the graph of a static detector with an observer on every tensor that is quantized.
+
+    Raises:
+        CalibrationError: a pattern that matches nothing.
+    """
     graph = export_graph(fold_batch_norm(static))
     keys = port_keys(graph)
     paths = sorted({site_of(node).path for node in graph.graph.nodes if node.op == "call_function"})
@@ -83,67 +139,80 @@ def calibrate(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torchao announces future moves of its own modules
         prepared = prepare_pt2e(graph, quantizer)
-        check_patterns(keep_float, quantizer.plan, paths)
-        images = 0
+    check_patterns(keep_float, quantizer.plan, paths)
+    return Observed(prepared, keys, quantizer.plan.float_rows)
+
+
+def show(
+    observed: Observed, frames: Iterable[NDArray[np.generic]], on_image: Callable[[], None] = lambda: None
+) -> int:
+    """Let the observers see frames, one at a time; return how many there were."""
+    images = 0
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torchao's observers warn of their future
         for frame in frames:
-            prepared(torch.from_numpy(frame))
+            observed.graph(torch.from_numpy(frame))
             images += 1
             on_image()
-    if images == 0:
-        raise CalibrationError("no image to calibrate with: choose another --calibration-split or folder.")
-    source = f"percentile {percentile:g}" if observer == "percentile" else observer
-    rows = tuple(_rows(prepared, keys, source))
-    return Encodings(
-        detector_sha256=fingerprint(static),
-        scheme=SCHEME,
-        calibration={"observer": source, "images": images, **(notes or {})},
-        keep_float=keep_float,
-        rows=rows,
-        float_rows=quantizer.plan.float_rows,
-        rows_sha256=digest_of_rows(rows, quantizer.plan.float_rows),
-    )
+    return images
 
 
-def _rows(prepared: GraphModule, keys: Mapping[str, str], source: str) -> list[EncodingRow]:
-    """Read the scales off the observers, in order of execution."""
-    activations: dict[str, EncodingRow] = {}
-    weights: dict[str, EncodingRow] = {}
+def name_observer(observer: ObserverName, percentile: float) -> str:
+    """Return what a row says of the observer that decided its scale."""
+    return f"percentile {percentile:g}" if observer == "percentile" else observer
+
+
+def activation_rows(observed: Observed, source: str) -> list[EncodingRow]:
+    """Read the scales of activations off the observers, in order of execution."""
+    rows: dict[str, EncodingRow] = {}
     first_key: dict[int, str] = {}
-    for node in prepared.graph.nodes:
-        if node.op != "call_module":
-            continue
-        watched, watcher = argument_node(node), getattr(prepared, str(node.target))
-        if watched.op == "get_attr":
-            key = weight_key(next(iter(node.users)))
-            weights.setdefault(key, _weight_row(prepared, node, watcher))
-            continue
-        key = keys[base_of(watched).name]
+    for key, watcher in observed.activations():
         first = first_key.setdefault(id(watcher), key)
         origin = source if first == key else f"shared with {first}"
-        params = _params(watcher, key, ACTIVATION_RANGE, None)
-        activations.setdefault(key, _row(key, params, origin))
-    return [*activations.values(), *weights.values()]
+        rows.setdefault(key, make_row(key, _params(watcher, key, ACTIVATION_RANGE, None), origin))
+    return list(rows.values())
 
 
-def _weight_row(prepared: GraphModule, node: Node, watcher: ChannelMax) -> EncodingRow:
-    """Return a weight's row, its scale raised where a bias would not fit into int32 otherwise.
+def weight_rows(observed: Observed, input_scales: Mapping[str, float]) -> list[EncodingRow]:
+    """Read the scales of weights off the observers.
+
+    Args:
+        observed: has seen a frame.
+        input_scales: of the activations, by key.
+    """
+    rows: dict[str, EncodingRow] = {}
+    for key, node, watcher in observed.weights():
+        if key not in rows:
+            params = _params(watcher, key, WEIGHT_RANGE, 0)
+            raised, changed = raise_for_bias(observed, node, torch.tensor(params.scale), input_scales)
+            origin = "min-max" + (f", {changed} channels raised for the bias" if changed else "")
+            rows[key] = make_row(key, msgspec.structs.replace(params, scale=to_floats(raised)), origin)
+    return list(rows.values())
+
+
+def raise_for_bias(
+    observed: Observed, node: Node, scale: torch.Tensor, input_scales: Mapping[str, float]
+) -> tuple[torch.Tensor, int]:
+    """Return a weight's scales raised where a bias would not fit into int32 otherwise, and how many were raised.
 
     A channel that BatchNorm almost switched off has tiny weights and an ordinary bias; the bias is stored
     in units of the input's scale times the channel's scale.
+
+    Args:
+        observed: the graph.
+        node: of the weight's observer.
+        scale: (channels,) float32.
+        input_scales: of the activations, by key.
     """
-    key = weight_key(next(iter(node.users)))
-    params = _params(watcher, key, WEIGHT_RANGE, 0)
-    scale = torch.tensor(params.scale)
     lowest = torch.zeros_like(scale)
     for user in node.users:
         if op_name(user) in WEIGHTED and len(user.args) > 2 and user.args[2] is not None:
-            observed = getattr(prepared, str(argument_node(user).target)).scale()
-            bias = constant_of(prepared, argument_node(user, 2))
-            lowest = torch.maximum(lowest, bias.abs() / (observed * BIAS_LIMIT))
+            watched = argument_node(argument_node(user))
+            step = torch.tensor([input_scales[observed.keys[base_of(watched).name]]], dtype=torch.float32)
+            bias = constant_of(observed.graph, argument_node(user, 2))
+            lowest = torch.maximum(lowest, bias.abs() / (step * BIAS_LIMIT))
     raised = torch.maximum(scale, lowest)
-    changed = int((raised > scale).sum())
-    origin = "min-max" + (f", {changed} channels raised for the bias" if changed else "")
-    return _row(key, QuantParams(_floats(raised), qmin=params.qmin, qmax=params.qmax, axis=0), origin)
+    return raised, int((raised > scale).sum())
 
 
 def _params(watcher: SymmetricObserver, key: str, limits: tuple[int, int], axis: int | None) -> QuantParams:
@@ -153,14 +222,16 @@ def _params(watcher: SymmetricObserver, key: str, limits: tuple[int, int], axis:
             f"{key}: values that are not finite were seen during calibration. "
             "The weights or the images overflow there: check the float detector on the same images."
         )
-    return QuantParams(_floats(scale), qmin=limits[0], qmax=limits[1], axis=axis)
+    return QuantParams(to_floats(scale), qmin=limits[0], qmax=limits[1], axis=axis)
 
 
-def _row(key: str, params: QuantParams, source: str) -> EncodingRow:
+def make_row(key: str, params: QuantParams, source: str) -> EncodingRow:
+    """Return the row of the tensor with this key."""
     site, _, port = key.partition("/")
     path, _, call = site.rpartition("@")
     return EncodingRow(path, int(call), port, params, source)
 
 
-def _floats(scale: torch.Tensor) -> tuple[float, ...]:
+def to_floats(scale: torch.Tensor) -> tuple[float, ...]:
+    """Return float32 values as Python floats, which hold them exactly."""
     return tuple(float(value) for value in scale)
