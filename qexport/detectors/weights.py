@@ -52,16 +52,33 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: missing, empty, of another format, cut short, holding objects that would run
             code, holding no or several state dicts, or holding NaN or infinite values.
     """
-    head = _read_head(path)
-    if head[8:9] == b"{":  # safetensors: eight bytes of header length, then the JSON header
-        state: Mapping[str, Tensor] = _read_safetensors(path)
-    elif head.startswith(b"PK") or _is_legacy_torch(head):
-        state = _find_state_dict(_read_torch(path), path)
-    else:
-        raise CheckpointError(f"{path}: {_describe_foreign(head, path)}")
-    state = {key: _to_float32(key, value, path) for key, value in _without_prefixes(state).items()}
+    state = state_of(read_checkpoint_file(path), path)
     check_finite(state, str(path))
     return state
+
+
+def read_checkpoint_file(path: Path) -> object:
+    """Return what a checkpoint file holds, on the CPU; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: as `load_weights` but for the state dict and its values.
+    """
+    head = _read_head(path)
+    if head[8:9] == b"{":  # safetensors: eight bytes of header length, then the JSON header
+        return _read_safetensors(path)
+    if head.startswith(b"PK") or _is_legacy_torch(head):
+        return _read_torch(path)
+    raise CheckpointError(f"{path}: {_describe_foreign(head, path)}")
+
+
+def state_of(loaded: object, path: Path) -> dict[str, Tensor]:
+    """Return the one state dict in what `read_checkpoint_file` gave: without prefixes, in float32.
+
+    Raises:
+        CheckpointError: no state dict or several, or tensors that are not dense.
+    """
+    state = _without_prefixes(_find_state_dict(loaded, path))
+    return {key: _to_float32(key, value, path) for key, value in state.items()}
 
 
 def apply_weights(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
