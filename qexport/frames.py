@@ -52,6 +52,11 @@ class Frame:
     scale: float
     original_px: tuple[int, int]
 
+    @property
+    def content_px(self) -> tuple[int, int]:
+        """Height and width that the image takes up in the frame."""
+        return _content_px(self.original_px, self.scale)
+
     def to_original(self, boxes: NDArray[np.floating]) -> NDArray[np.float32]:
         """Return boxes in pixels of the original image, clipped to it.
 
@@ -62,7 +67,7 @@ class Frame:
             (N, 4) float32, xyxy.
         """
         height, width = self.original_px
-        content_height, content_width = _content_px(self.original_px, self.scale)
+        content_height, content_width = self.content_px
         # Sizes are whole pixels, so the two axes may be scaled a little differently.
         back = np.array([width / content_width, height / content_height] * 2)
         limit = np.array([width, height] * 2)

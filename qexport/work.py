@@ -153,7 +153,7 @@ def start(path: Path, settings: Settings, *, command: str = "", progress: Progre
         TargetUnavailable: torch is not installed.
         QexportError: the detector, the data or the folder cannot be used.
     """
-    _require_torch()
+    require_torch()
     taken_up = holds_run(path)
     if not taken_up:
         require_free(path)  # said before the detector is loaded
@@ -164,7 +164,7 @@ def start(path: Path, settings: Settings, *, command: str = "", progress: Progre
         dataset_name=subject.evaluation.name,
         dataset_sha256=subject.dataset_sha256,
         qexport_version=qexport.__version__,
-        versions=_versions(),
+        versions=used_versions(),
         command=command,
     )
     if not taken_up:
@@ -189,7 +189,7 @@ def resume(
         RunFolderError: there is no run, or its weights or data changed since.
         QexportError: the new settings cannot be used; the run keeps its own.
     """
-    _require_torch()
+    require_torch()
     folder = open_run(path)
     record = folder.record
     changed = settings is not None and settings != record.settings
@@ -226,7 +226,12 @@ def _check(subject: Subject, progress: Progress, *, layers: bool = True) -> None
         subject.read_all(step)
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Find out before any work whether the float detector can be loaded here.
+
+    Raises:
+        TargetUnavailable: packages are missing; the message holds the command that installs them.
+    """
     missing = [name for name in _WORKSTATION if not is_importable(name)]
     if missing:
         raise TargetUnavailable(
@@ -235,10 +240,11 @@ def _require_torch() -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def used_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what comes out."""
     return {"python": ".".join(map(str, sys.version_info[:3])), **package_versions(*_PACKAGES)}
 
 
 def _in_these_versions(record: RunRecord) -> RunRecord:
     """Return the record with the versions that are at work now."""
-    return msgspec.structs.replace(record, qexport_version=qexport.__version__, versions=_versions())
+    return msgspec.structs.replace(record, qexport_version=qexport.__version__, versions=used_versions())

@@ -69,6 +69,25 @@ def evaluate(
     )
 
 
+def mean_average_precisions(dataset: Dataset, found: Sequence[Detections]) -> tuple[float, float]:
+    """Return VOC mAP at 0.5 (all points) and COCO mAP of one subject, without intervals.
+
+    Args:
+        dataset: the annotated images.
+        found: one per sample, boxes in pixels of the sample's image.
+
+    Raises:
+        DatasetError: no annotated boxes.
+        TargetUnavailable: pycocotools is not installed.
+    """
+    require_boxes(dataset)
+    matches = [voc.match_voc(dataset, found, label) for label in labels_of(dataset)]
+    whole = matches[0].whole
+    by_class = np.stack([voc.ap_all_points(item, whole)[0] for item in matches])
+    _, by_threshold = coco.mean_average_precision(coco.match_coco(dataset, found).everything, whole)
+    return float(mean_over_classes(by_class)), float(by_threshold[:, 0].mean())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
     """One subject: matches per class, and mAP over the B resamples."""

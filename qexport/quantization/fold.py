@@ -21,23 +21,37 @@ def fold_batch_norm(static: StaticDetector) -> StaticDetector:
     The values change by float rounding alone (SQNR above 100 dB). A BatchNorm that does not follow a
     convolution or a linear by itself stays, in float.
     """
-    folded = copy.deepcopy(static)
-    for path, module in list(folded.named_modules()):
-        if isinstance(module, FrozenBatchNorm2d):
-            folded.set_submodule(path, _thaw(module))
+    folded = _thawed(static)
     modules = dict(folded.named_modules())
+    for norm_path, path in _pairs(folded).items():
+        fuse = fuse_conv_bn_eval if isinstance(modules[path], nn.Conv2d) else fuse_linear_bn_eval
+        folded.set_submodule(path, fuse(modules[path], modules[norm_path]))
+        folded.set_submodule(norm_path, nn.Identity())
+    return folded.eval().requires_grad_(False)
+
+
+def folded_pairs(static: StaticDetector) -> dict[str, str]:
+    """Return the path of each BatchNorm that is folded, and of the convolution or linear that takes it in."""
+    return _pairs(_thawed(static))
+
+
+def _thawed(static: StaticDetector) -> StaticDetector:
+    thawed = copy.deepcopy(static)
+    for path, module in list(thawed.named_modules()):
+        if isinstance(module, FrozenBatchNorm2d):
+            thawed.set_submodule(path, _thaw(module))
+    return thawed
+
+
+def _pairs(thawed: StaticDetector) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    for node in export_graph(folded).graph.nodes:
+    for node in export_graph(thawed).graph.nodes:
         if "batch_norm" not in op_name(node):
             continue
         producer = node.args[0]
         if op_name(producer) in _FUSE and len(producer.users) == 1:
             pairs[site_of(node).path] = site_of(producer).path
-    for norm_path, path in pairs.items():
-        fuse = fuse_conv_bn_eval if isinstance(modules[path], nn.Conv2d) else fuse_linear_bn_eval
-        folded.set_submodule(path, fuse(modules[path], modules[norm_path]))
-        folded.set_submodule(norm_path, nn.Identity())
-    return folded.eval().requires_grad_(False)
+    return pairs
 
 
 def _thaw(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:

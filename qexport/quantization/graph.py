@@ -7,7 +7,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qexport.detectors.static import StaticDetector
@@ -31,17 +31,30 @@ class CallSite(NamedTuple):
 
 def export_graph(static: StaticDetector) -> GraphModule:
     """Return the functional ATen graph of a static detector; every node knows its module and call."""
+    return export_module(static, static.example_input())
+
+
+def export_module(
+    module: nn.Module, example: Tensor, sizes: dict[int, torch.export.Dim] | None = None
+) -> GraphModule:
+    """Return the functional ATen graph of a module of one input; every node knows its module and call.
+
+    Args:
+        module: to export.
+        example: its input.
+        sizes: the dimensions of the input that stay open.
+    """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.export's own deprecations; nothing a user could act on
-        program = torch.export.export(static, (static.example_input(),))
-        module = program.run_decompositions({}).module()
-    assert isinstance(module, GraphModule)
-    for node in list(module.graph.nodes):
+        program = torch.export.export(module, (example,), dynamic_shapes=(sizes,) if sizes else None)
+        graph = program.run_decompositions({}).module()
+    assert isinstance(graph, GraphModule)
+    for node in list(graph.graph.nodes):
         if node.op == "call_module" or op_name(node) == "_assert_tensor_metadata":
-            module.graph.erase_node(node)  # guards on shapes that are fixed by construction
-    module.graph.lint()
-    module.recompile()
-    return module
+            graph.graph.erase_node(node)  # guards on shapes that are fixed by construction
+    graph.graph.lint()
+    graph.recompile()
+    return graph
 
 
 def site_of(node: Node) -> CallSite:
