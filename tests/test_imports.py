@@ -34,6 +34,7 @@ HEAVY = frozenset(
 COMMANDS = (
     "run",
     "demo",
+    "qat",
     "inspect",
     "calibrate",
     "export",

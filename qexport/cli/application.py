@@ -25,6 +25,7 @@ from qexport.cli.reporting import report, targets
 from qexport.cli.running import demo, inspect, run
 from qexport.cli.screen import say
 from qexport.cli.stages import bench, calibrate, compare, evaluate, export
+from qexport.cli.training import qat
 from qexport.cli.verifying import verify
 from qexport.errors import QexportError
 
@@ -37,6 +38,7 @@ FAULT = 70
 
 _GROUPS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     ("Whole runs", (run, demo)),
+    ("Train", (qat,)),
     ("Stage by stage", (inspect, calibrate, export)),
     ("Measure a run", (compare, bench, evaluate)),
     ("For a board and on it", (bundle, build, verify, detect)),
