@@ -57,7 +57,7 @@ class CrossPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     kinds: dict[Kind, CrossSum]
     """By kind of layer; RoIAlign's forms differ, and its line says by how much."""
     promised: CrossSum
-    """Over all convolutions, linears and adds: what the gate is about."""
+    """Over all convolutions, linears and adds: what the gates are about."""
     parts_at: str
     """Module path of the first layer where the two part; empty where they never do."""
 

@@ -2,7 +2,7 @@
 
     checkpoint ─ inspect ─► detector.json ─ calibrate ─► encodings.json ─ export ─► TARGET/artifact.json
         compare ─► TARGET/parity.json     evaluate ─► accuracy.json     bench ─► TARGET/latency.json
-        cross ─► cross.json, where there are several targets
+        cross ─► cross.json, where there are several targets     compare_methods ─► methods.json, where asked
                                     report ─► report.html
 
 Each stage reads the files of the stages before and writes its own, whole or not at all; one that is complete
@@ -19,32 +19,30 @@ is not run again. The command line calls these functions and nothing else. In Py
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from qexport import crossing, steps
 from qexport.artifact import MANIFEST, Artifact
 from qexport.cross_results import CrossReport
 from qexport.crossing import check_cross_targets
 from qexport.dataset import load_dataset
-from qexport.devices import has_device, runner_for, why_untimed
+from qexport.devices import has_device, why_untimed
 from qexport.encodings import Encodings, save_encodings
 from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
 from qexport.merging import merge
+from qexport.method_results import MethodsLatency, MethodsReport
+from qexport.methods import check_methods, measure_methods
 from qexport.proposals import check_numbers, measure_proposals
 from qexport.results import (
     AccuracyReport,
     DetectionsRecord,
     Gate,
     LatencyProfile,
-    MemoryUse,
     ParityReport,
     ProposalCurve,
     ProposalLatency,
@@ -63,8 +61,10 @@ __all__ = [
     "bench",
     "calibrate",
     "check_cross_targets",
+    "check_methods",
     "check_targets",
     "compare",
+    "compare_methods",
     "cross",
     "evaluate",
     "export",
@@ -264,6 +264,21 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     return read_json(folder.file("accuracy.json"), AccuracyReport, RunFolderError)
 
 
+def compare_methods(
+    work: Work, methods: Sequence[str], *, runs: int = 30, warmup: int = 3
+) -> tuple[MethodsReport, MethodsLatency | None]:
+    """Measure other methods of quantization on the same detector: `methods.json`, `methods_latency.json`.
+
+    The latency is None where no method that has kernels was asked for.
+
+    Raises:
+        QexportError: no such method, one given twice, or one that finds nothing to quantize in this detector.
+    """
+    known = check_methods(methods)
+    inspect(work)
+    return measure_methods(work, known, runs=runs, warmup=warmup)
+
+
 def price_proposals(
     work: Work, target: str, numbers: Sequence[int], *, runs: int = 30, warmup: int = 3, threads: int = 1
 ) -> tuple[ProposalCurve, ProposalLatency | None]:
@@ -310,8 +325,6 @@ def bench(
     Raises:
         TargetUnavailable: the target's device is not here.
     """
-    from qexport.benchmarks.latency import measure_latency  # noqa: PLC0415
-
     find_target(target).require("measure")
     if not has_device(target):
         raise TargetUnavailable(why_untimed(target, work.path))
@@ -319,23 +332,9 @@ def bench(
     detector = inspect(work)
 
     def write() -> None:
-        frame = next(work.subject.frames(work.subject.parity_samples()))
-        with work.progress(f"bench {target}", 3 * (runs + warmup) + 2) as step:
-            memory = _peak_memory(folder, step)
-            profile = measure_latency(
-                artifact=folder,
-                runner=runner_for(target),
-                detector=work.subject.loaded,
-                frame=np.ascontiguousarray(frame),
-                layers=detector.layers,
-                warmup=warmup,
-                runs=runs,
-                threads=threads,
-                min_accounted=work.settings.min_accounted,
-                on_run=step,
-            )
-        write_json(folder / "memory.json", memory)
-        write_json(folder / "latency.json", profile)
+        steps.bench_artifact(
+            work, target, folder, layers=detector.layers, runs=runs, warmup=warmup, threads=threads
+        )
 
     if again:
         work.folder.forget(f"bench.{target}")
@@ -365,10 +364,17 @@ def report_experiments(runs: Sequence[Path], out: Path) -> ExperimentFiles:
 
 
 def run_all(
-    work: Work, targets: Sequence[str], *, runs: int = 30, warmup: int = 3, threads: int = 1
+    work: Work,
+    targets: Sequence[str],
+    *,
+    methods: Sequence[str] = (),
+    runs: int = 30,
+    warmup: int = 3,
+    threads: int = 1,
 ) -> Outcome:
-    """Run every stage that is not complete."""
+    """Run every stage that is not complete; `methods` are other ways to quantize, to compare with."""
     check_targets(targets, whole_run=True)
+    check_methods(methods)
     calibrate(work)
     gates: list[Gate] = []
     for target in targets:
@@ -385,15 +391,6 @@ def run_all(
             gates += bench(work, target, runs=runs, warmup=warmup, threads=threads).gates
         else:
             untimed.append(why_untimed(target, work.path))
+    if methods:
+        compare_methods(work, methods, runs=runs, warmup=warmup)
     return Outcome(tuple(gates), report(work.path), tuple(untimed), tuple(filter(None, refusals.values())))
-
-
-def _peak_memory(folder: Path, step: Callable[[], None]) -> tuple[MemoryUse, ...]:
-    from qexport.benchmarks.complexity import peak_memory  # noqa: PLC0415
-
-    memory = []
-    for subject, role in (("artifact", "int8"), ("fp32", "fp32")):
-        command = [sys.executable, "-m", "qexport.runtimes.once", str(folder), role]
-        memory.append(MemoryUse(subject=subject, peak_bytes=peak_memory(command)))
-        step()
-    return tuple(memory)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qexport.artifact import Artifact
 from qexport.devices import runner_for, runners_for
@@ -16,7 +19,7 @@ from qexport.engines import load_engines
 from qexport.errors import RunFolderError
 from qexport.files import read_json, write_json
 from qexport.layers import Layer
-from qexport.results import DetectionsRecord, ImageDetections
+from qexport.results import DetectionsRecord, ImageDetections, MemoryUse
 from qexport.target import find_target
 from qexport.target_options import TargetOptions, read_options
 from qexport.work import Work
@@ -171,6 +174,60 @@ def detections_file(subject: str) -> str:
 def all_threads() -> int:
     """Return how many threads there are for what is not timed."""
     return os.cpu_count() or 1
+
+
+def bench_artifact(
+    work: Work,
+    target: str,
+    folder: Path,
+    *,
+    layers: Sequence[Layer],
+    runs: int,
+    warmup: int,
+    threads: int,
+) -> None:
+    """Time the artifact in `folder` beside its baselines: `latency.json` and `memory.json` beside it.
+
+    Args:
+        work: the run, for the frame, the eager detector and progress.
+        target: its name.
+        folder: the artifact's.
+        layers: of the detector.
+        runs: measured runs of each subject.
+        warmup: runs before them that do not count.
+        threads: of the runtime.
+    """
+    from qexport.benchmarks.latency import measure_latency  # noqa: PLC0415 - torch begins here
+
+    frame = next(work.subject.frames(work.subject.parity_samples()))
+    with work.progress(f"bench {target}", 3 * (runs + warmup) + 2) as step:
+        memory = _peak_memory(folder, step)
+        profile = measure_latency(
+            artifact=folder,
+            runner=runner_for(target),
+            detector=work.subject.loaded,
+            frame=np.ascontiguousarray(frame),
+            layers=layers,
+            warmup=warmup,
+            runs=runs,
+            threads=threads,
+            min_accounted=work.settings.min_accounted,
+            on_run=step,
+        )
+    write_json(folder / "memory.json", memory)
+    write_json(folder / "latency.json", profile)
+
+
+def _peak_memory(folder: Path, on_run: Callable[[], None]) -> tuple[MemoryUse, ...]:
+    """Return what fresh processes take that run the artifact in `folder`, and its float baseline, once."""
+    from qexport.benchmarks.complexity import peak_memory as measure  # noqa: PLC0415
+
+    memory = []
+    for subject, role in (("artifact", "int8"), ("fp32", "fp32")):
+        command = [sys.executable, "-m", "qexport.runtimes.once", str(folder), role]
+        memory.append(MemoryUse(subject=subject, peak_bytes=measure(command)))
+        on_run()
+    return tuple(memory)
 
 
 def _size_bytes(artifact: Artifact, folder: Path, role: str) -> int:

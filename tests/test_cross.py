@@ -17,7 +17,7 @@ from onnx import numpy_helper
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (the extra tflite)")
 
 from qexport.artifact import describe_file, load_artifact, save_artifact
-from qexport.benchmarks.cross import REFERENCE, STEP_GATE, VALUES_GATE, compare_all
+from qexport.benchmarks.cross import ADDS_GATE, REFERENCE, STEP_GATE, VALUES_GATE, compare_all
 from qexport.cross_results import CrossPair, CrossReport
 from qexport.detectors.load import LoadedDetector
 from qexport.detectors.static import StaticDetector
@@ -32,7 +32,6 @@ from qexport.runtimes.tflite import TfliteRunner
 from qexport.target_options import TfliteOptions
 
 VICTIM = "backbone.body.layer2.0.conv1"
-AFTER = "backbone.body.layer2.0.conv2"
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +93,7 @@ def test_compare_all_counts_every_value_of_every_pair(report: CrossReport, demo_
 def test_compare_all_of_sound_artifacts_keeps_every_gate(report: CrossReport) -> None:
     assert [(gate.subject, gate.name, gate.passed) for gate in report.gates] == [
         ("onnx and tflite", VALUES_GATE, True),
+        ("onnx and tflite", ADDS_GATE, True),
         ("onnx and tflite", STEP_GATE, True),
     ]
     for pair in report.pairs:
@@ -125,8 +125,9 @@ def test_compare_all_with_one_sabotaged_weight_finds_that_layer_alone(
     save_artifact(msgspec.structs.replace(artifact, files=files), folder)
     with OnnxRunner(folder) as one, TfliteRunner(tflite_folder) as other:
         found = compare_all(demo_quantized, [one, other], layers, demo_frames, split="test")
-    values, step = found.gates
+    values, adds, step = found.gates
     assert (values.passed, values.culprit) == (False, VICTIM)
+    assert adds == report.gates[1]
     assert (step.passed, step.culprit) == (False, VICTIM)
     for first, second in ((REFERENCE, "onnx"), ("onnx", "tflite")):
         before = {(one.path, one.call, one.port): one for one in pair_of(report, first, second).layers}

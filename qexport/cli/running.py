@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qexport.cli import options, screen, tables
+from qexport.cli.methods import Methods
 from qexport.settings import Settings
 
 DEMO_MODEL = "demo"
@@ -42,6 +44,7 @@ def run(
     max_unmatched: options.MaxUnmatched = 0.0,
     max_drop: options.MaxDrop = 0.01,
     min_accounted: options.MinAccounted = 0.9,
+    method: Methods = None,
     runs: options.Runs = 30,
     warmup: options.Warmup = 3,
     threads: options.Threads = 1,
@@ -59,7 +62,8 @@ def run(
       qexport run --model model.py:build --weights weights.pt --data dataset/ --target onnx --out runs/mine
 
     Several targets share one table of scales: --target onnx --target tensorrt. Where a target's device is not
-    here, what its builder made is evaluated instead, layer by layer, and not timed.
+    here, what its builder made is evaluated instead, layer by layer, and not timed. Several targets are also
+    compared with one another. --method quantizes the detector in other ways too, to compare with.
 
     The file is run as it is; weights are only read, never executed. A run that was interrupted, and a run that
     is complete, take up where they stand when the same command is given again.
@@ -70,7 +74,7 @@ def run(
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
-    _run_all(settings, out, target, runs, warmup, threads)
+    _run_all(settings, out, target, runs, warmup, threads, methods=method or [])
 
 
 def demo(
@@ -159,13 +163,23 @@ def inspect(
     screen.show(f"wrote {work.path / 'detector.json'}; next: qexport calibrate {work.path}")
 
 
-def _run_all(settings: Settings, out: Path, targets: list[str], runs: int, warmup: int, threads: int) -> None:
+def _run_all(
+    settings: Settings,
+    out: Path,
+    targets: list[str],
+    runs: int,
+    warmup: int,
+    threads: int,
+    *,
+    methods: Sequence[str] = (),
+) -> None:
     """Run every stage; print what came of it."""
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
     pipeline.check_targets(targets, whole_run=True)
+    pipeline.check_methods(methods)
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
-    outcome = pipeline.run_all(work, targets, runs=runs, warmup=warmup, threads=threads)
+    outcome = pipeline.run_all(work, targets, methods=methods, runs=runs, warmup=warmup, threads=threads)
     screen.show_table(tables.outcome_table(work.path, targets))
     for sentence in (*outcome.uncrossed, *outcome.untimed):
         screen.show(sentence)

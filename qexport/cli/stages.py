@@ -11,6 +11,7 @@ import typer
 
 from qexport.cli import options, screen, tables
 from qexport.cli.measuring import measure_bundle
+from qexport.cli.methods import Methods, show_methods
 from qexport.errors import QexportError, RunFolderError
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def evaluate(
         ),
     ] = None,
     max_drop: options.MaxDropChange = None,
+    method: Methods = None,
     proposals: options.ProposalNumbers = None,
     runs: options.RunsOfCurve = None,
     threads: options.ThreadsOfCurve = None,
@@ -250,15 +252,18 @@ def evaluate(
     """Measure VOC and COCO mAP of the float detector, the quantized reference and the artifacts.
 
     Leaves with exit code 1 where mAP falls by more than --max-drop. With --proposals it measures what fewer
-    proposals cost and save: each number is exported with the same encodings, compared, evaluated and timed.
+    proposals cost and save: each number is exported with the same encodings, compared, evaluated and timed. With
+    --method the detector is also quantized in other ways, to compare with.
 
       qexport evaluate runs/mine
+      qexport evaluate runs/mine --method dynamic --method activations
       qexport evaluate runs/mine --target onnx --proposals 300,200,150,100,64
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
     numbers = options.parse_proposals(proposals) if proposals is not None else None
-    _check_curve_options(numbers is not None, max_drop, runs, threads)
+    _check_curve_options(numbers is not None, max_drop, runs, threads, methods=bool(method))
+    pipeline.check_methods(method or [])
     targets = target or pipeline.exported_targets(run)
     pipeline.check_targets(targets, whole_run=True)
     work = _resume(run, {"max_drop": max_drop})
@@ -272,20 +277,28 @@ def evaluate(
     accuracy = pipeline.evaluate(work, targets)
     screen.show_table(tables.accuracy_table(accuracy))
     screen.show(f"wrote {work.path / 'accuracy.json'}")
+    if method:
+        show_methods(work, method, runs=runs or _RUNS)
     tables.require_gates(accuracy.gates)
 
 
-def _check_curve_options(curve: bool, max_drop: float | None, runs: int | None, threads: int | None) -> None:
+def _check_curve_options(
+    curve: bool, max_drop: float | None, runs: int | None, threads: int | None, *, methods: bool
+) -> None:
     """Refuse options that nobody would look at."""
     if curve and max_drop is not None:
         raise QexportError(
             "--max-drop is for `qexport evaluate` without --proposals: the curve shows what each number costs "
             "and refuses none. Leave it out."
         )
-    if not curve and (runs is not None or threads is not None):
+    if curve and methods:
         raise QexportError(
-            "--runs and --threads are for --proposals, whose points are timed. To time the artifact itself: "
-            "qexport bench."
+            "--method and --proposals are two tables: ask for one after the other, in two commands."
+        )
+    if not curve and ((runs is not None and not methods) or threads is not None):
+        raise QexportError(
+            "--runs and --threads are for --proposals, whose points are timed; --runs for --method too, which is timed "
+            "on one thread. To time the artifact itself: qexport bench."
         )
 
 

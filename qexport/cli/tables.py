@@ -58,7 +58,7 @@ def describe_detector(found: DetectorReport) -> str:
 
 def layer_table(found: DetectorReport) -> Table:
     """Return a row for each layer."""
-    table = _table("layer", "call", "kind", "output", ">parameters", ">M MACs", "becomes")
+    table = make_table("layer", "call", "kind", "output", ">parameters", ">M MACs", "becomes")
     for layer in found.layers:
         table.add_row(
             layer.path,
@@ -74,7 +74,7 @@ def layer_table(found: DetectorReport) -> Table:
 
 def stage_table(found: DetectorReport) -> Table:
     """Return the sums of each stage of the detector."""
-    table = _table("stage", ">layers", ">int8", ">parameters", ">M MACs", ">share")
+    table = make_table("stage", ">layers", ">int8", ">parameters", ">M MACs", ">share")
     for stage in STAGES:
         layers = [layer for layer in found.layers if layer.stage == stage]
         if layers:
@@ -98,7 +98,9 @@ def outcome_table(run: Path, targets: Sequence[str]) -> Table:
     from qexport.benchmarks.report.verdict import parity_verdict  # noqa: PLC0415
 
     results = read_run(run)
-    table = _table("target", "VOC mAP, float to int8", "worst layer", "latency", "size", "parity", "verdict")
+    table = make_table(
+        "target", "VOC mAP, float to int8", "worst layer", "latency", "size", "parity", "verdict"
+    )
     before = _accuracy(results.accuracy, "eager")
     for one in results.targets:
         if one.target not in targets:
@@ -147,7 +149,9 @@ def parity_table(parity: ParityReport) -> Table:
 
 def cross_table(found: CrossReport) -> Table:
     """Return a row for each pair of targets."""
-    table = _table("targets", ">values", ">differ", ">per million", ">max step", "RoIAlign", "first parts at")
+    table = make_table(
+        "targets", ">values", ">differ", ">per million", ">max step", "RoIAlign", "first parts at"
+    )
     for pair in found.pairs:
         total, form = pair.promised, pair.kinds.get("roi_align")
         table.add_row(
@@ -168,7 +172,9 @@ def latency_table(run: Path, target: str) -> Table:
     from qexport.benchmarks.report.stages import read_run  # noqa: PLC0415 - `--help` needs none of it
     from qexport.benchmarks.report.verdict import parity_verdict  # noqa: PLC0415
 
-    table = _table("subject", ">p50 ms", ">p90 ms", ">p99 ms", ">mean ms", ">std ms", ">peak MB", "parity")
+    table = make_table(
+        "subject", ">p50 ms", ">p90 ms", ">p99 ms", ">mean ms", ">std ms", ">peak MB", "parity"
+    )
     for one in read_run(run).targets:
         if one.target != target or one.latency is None:
             continue
@@ -187,7 +193,7 @@ def latency_table(run: Path, target: str) -> Table:
 
 def accuracy_table(accuracy: AccuracyReport) -> Table:
     """Return a row for each subject."""
-    table = _table(
+    table = make_table(
         "subject", ">VOC mAP 0.5", ">COCO mAP", ">COCO 0.5", ">COCO 0.75", ">VOC drop", ">COCO drop"
     )
     eager = _accuracy(accuracy, "eager")
@@ -207,7 +213,7 @@ def proposal_table(curve: ProposalCurve, latency: ProposalLatency | None) -> Tab
     from qexport.benchmarks.report import proposals  # noqa: PLC0415 - `--help` needs none of it
     from qexport.benchmarks.report.formats import signed, speed  # noqa: PLC0415
 
-    table = _table(
+    table = make_table(
         ">proposals", ">VOC mAP 0.5", ">change", "interval", ">COCO mAP", ">change", "interval",
         ">p50 ms", ">std ms", "latency", "parity",
     )  # fmt: skip
@@ -255,7 +261,7 @@ def describe_engines(folder: Path) -> list[str]:
 
 def target_table() -> Table:
     """Return a row for each target: what can be done with it here."""
-    table = _table("target", *_ABILITIES, "what it is")
+    table = make_table("target", *_ABILITIES, "what it is")
     for target in TARGETS:
         table.add_row(target.name, *(_ability(target, ability) for ability in _ABILITIES), target.summary)
     return table
@@ -263,7 +269,7 @@ def target_table() -> Table:
 
 def target_option_table() -> Table:
     """Return a row for each option that one target alone has."""
-    table = _table("-O", "default", "what it chooses")
+    table = make_table("-O", "default", "what it chooses")
     for target in TARGETS:
         for name, default, meaning in describe_options(target.options):
             table.add_row(f"{target.name}.{name}", default or "-", meaning)
@@ -291,13 +297,13 @@ def _interval(interval: Interval | None) -> str:
 
 
 def _gate_table(gates: Sequence[Gate]) -> Table:
-    table = _table("gate", "measured", "asked", "where", "")
+    table = make_table("gate", "measured", "asked", "where", "")
     for gate in gates:
         table.add_row(gate.name, gate.measured, gate.limit, gate.culprit, "ok" if gate.passed else "failed")
     return table
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
     """Return an empty table; a column whose name begins with `>` is aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for column in columns:
