@@ -88,6 +88,14 @@ class Subject:
         root, split = self.settings.calibration_data or self.settings.data, self.settings.calibration_split
         return self._load(root, split or _first(root, _CALIBRATION_SPLITS))
 
+    def split(self, name: str) -> Dataset:
+        """Return another split of the run's data.
+
+        Raises:
+            DatasetError: there is no such split.
+        """
+        return self._load(self.settings.data, name)
+
     @cached_property
     def frame_px(self) -> tuple[int, int]:
         """Height and width of the camera frame."""

@@ -41,6 +41,7 @@ COMMANDS = (
     "compare",
     "bench",
     "evaluate",
+    "sensitivity",
     "report",
     "build",
     "bundle",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qexport.artifact import InputSpec
 from qexport.detections import Detections
 from qexport.detectors.load import LoadedDetector
 from qexport.frames import read_sample
+from qexport.quantization.partial import PartlyQuantized
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import ImageDetections
 from qexport.runtimes.runner import Runner, input_of
@@ -43,6 +45,19 @@ def reference(quantized: QuantizedDetector) -> Iterator[Detect]:
     def run(frame: NDArray[np.uint8]) -> Detections:
         with torch.no_grad():
             boxes, scores, labels, count = quantized.graph(torch.from_numpy(input_of(frame, spec)))
+        number = int(count)
+        return Detections(boxes[:number].numpy(), scores[:number].numpy(), labels[:number].numpy())
+
+    yield run
+
+
+@contextmanager
+def partly(quantized: PartlyQuantized, keys: Collection[str], spec: InputSpec) -> Iterator[Detect]:
+    """Detect with some of the rows of the quantized reference; with none of them it is the float detector."""
+
+    def run(frame: NDArray[np.uint8]) -> Detections:
+        values = quantized.run(torch.from_numpy(input_of(frame, spec)), keys)
+        boxes, scores, labels, count = quantized.outputs(values)
         number = int(count)
         return Detections(boxes[:number].numpy(), scores[:number].numpy(), labels[:number].numpy())
 

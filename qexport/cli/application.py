@@ -24,6 +24,7 @@ from qexport.cli.doctor import doctor
 from qexport.cli.reporting import report, targets
 from qexport.cli.running import demo, inspect, run
 from qexport.cli.screen import say
+from qexport.cli.sensitivity import sensitivity
 from qexport.cli.stages import bench, calibrate, compare, evaluate, export
 from qexport.cli.training import qat
 from qexport.cli.verifying import verify
@@ -40,7 +41,7 @@ _GROUPS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     ("Whole runs", (run, demo)),
     ("Train", (qat,)),
     ("Stage by stage", (inspect, calibrate, export)),
-    ("Measure a run", (compare, bench, evaluate)),
+    ("Measure a run", (compare, bench, evaluate, sensitivity)),
     ("For a board and on it", (bundle, build, verify, detect)),
     ("Results and this machine", (report, targets, doctor)),
 )

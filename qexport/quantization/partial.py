@@ -21,6 +21,7 @@ from qexport.encodings import Encodings, digest_of_rows
 from qexport.layers import stage_of
 from qexport.quantization.graph import (
     argument_node,
+    base_of,
     constant_of,
     is_dequantize,
     is_quantize,
@@ -52,8 +53,9 @@ class PartlyQuantized:
 
     def __init__(self, detector: QuantizedDetector) -> None:
         self._detector = detector
-        self._key_of = {node.args[0]: key for key, node in detector.quantize_nodes.items()}
+        self._key_of = {argument_node(node): key for key, node in detector.quantize_nodes.items()}
         floats = {node.name: node for node in detector.float_graph.graph.nodes}
+        self._output_keys = {base_of(source): key for source, key in self._key_of.items()}
         self._weights: dict[Node, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
         self._order = [node for node in detector.graph.graph.nodes if not self._is_weight(node)]
         for node in self._order:
@@ -81,6 +83,15 @@ class PartlyQuantized:
             for node in graph.graph.nodes:
                 node.meta.pop(Q_ANNOTATION_KEY, None)
         return frozenset(asked), quantizer.plan
+
+    def rows_of(self, path: str) -> frozenset[str]:
+        """Return the keys of a convolution's or linear's own rows: weights, what it reads, what it gives."""
+        keys = set()
+        for node in self._weights:
+            if site_of(node).path == path:
+                reads = argument_node(argument_node(argument_node(node)))
+                keys |= {weight_key(node), self._key_of[reads], self._output_keys[node]}
+        return frozenset(keys)
 
     def encodings_with(self, encodings: Encodings, keep_float: Collection[str]) -> Encodings:
         """Return the table that patterns of module paths leave: its rows are those of the whole one.
