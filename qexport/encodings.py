@@ -91,6 +91,26 @@ def row_key(path: str, call: int, port: str) -> str:
     return f"{path}@{call}/{port}"
 
 
+Origin = Literal["checkpoint", "requantized", "filled", "shared", "calibrated"]
+"""Where a scale comes from, as the first words of `EncodingRow.source` say."""
+
+
+def origin_of(row: EncodingRow) -> Origin:
+    """Return where a row's scale comes from."""
+    for origin, words in _ORIGINS.items():
+        if row.source.startswith(words):
+            return origin
+    return "calibrated"
+
+
+_ORIGINS: dict[Origin, str] = {
+    "checkpoint": "checkpoint: ",
+    "requantized": "requantized: ",
+    "filled": "filled: ",
+    "shared": "shared with ",
+}
+
+
 def digest_of_rows(rows: tuple[EncodingRow, ...], float_rows: tuple[FloatRow, ...]) -> str:
     """Return the digest that `Encodings.rows_sha256` must hold."""
     return sha256_json([rows, float_rows])
@@ -107,27 +127,39 @@ def load_encodings(path: Path) -> Encodings:
     Raises:
         EncodingsError: missing, of another version, edited, or with a scale that is zero, negative or not finite.
     """
-    encodings = read_json(path, Encodings, EncodingsError)
+    return check_encodings(read_json(path, Encodings, EncodingsError), str(path))
+
+
+def check_encodings(encodings: Encodings, source: str) -> Encodings:
+    """Return a table that was read, checked.
+
+    Args:
+        encodings: as read.
+        source: where from, for messages.
+
+    Raises:
+        EncodingsError: as `load_encodings`.
+    """
     if encodings.format_version != FORMAT_VERSION:
         raise EncodingsError(
-            f"{path}: encodings of format {encodings.format_version}, "
+            f"{source}: encodings of format {encodings.format_version}, "
             f"this qexport reads format {FORMAT_VERSION}. Calibrate again with this version."
         )
     for row in encodings.rows:
         bad = [scale for scale in row.params.scale if not (math.isfinite(scale) and scale > 0)]
         if bad or not row.params.scale:
             raise EncodingsError(
-                f"{path}: row {row.key} has scale {bad[0] if bad else 'missing'}; a scale is finite and "
+                f"{source}: row {row.key} has scale {bad[0] if bad else 'missing'}; a scale is finite and "
                 "above zero. Calibrate again, or keep the layer in float with --keep-float."
             )
         if row.params.zero_point != 0:
             raise EncodingsError(
-                f"{path}: row {row.key} has zero point {row.params.zero_point}; the scheme has 0."
+                f"{source}: row {row.key} has zero point {row.params.zero_point}; the scheme has 0."
             )
     found = digest_of_rows(encodings.rows, encodings.float_rows)
     if found != encodings.rows_sha256:
         raise EncodingsError(
-            f"{path}: the rows were edited after calibration (digest {found[:12]}, "
+            f"{source}: the rows were edited after calibration (digest {found[:12]}, "
             f"written {encodings.rows_sha256[:12]}). Calibrate again; to leave a layer in float use --keep-float."
         )
     return encodings
