@@ -86,6 +86,13 @@ TARGETS: tuple[Target, ...] = (
         options=TfliteOptions,
     ),
     Target(
+        name="qnnpack",
+        summary="PyTorch on Arm boards: one TorchScript file of quantized modules, QNNPACK kernels",
+        needs={"export": _TORCH, "run": ("torch", "torchvision"), "measure": _TORCH},
+        extra={"export": "all", "run": "qnnpack-runtime", "measure": "all"},
+        runtime="qnnpack",
+    ),
+    Target(
         name="tensorrt",
         summary="NVIDIA Jetson and GPUs: int8 engine by ONNX with explicit Q/DQ; built and checked without a GPU too",
         needs={
