@@ -130,7 +130,7 @@ def test_sizes_are_those_of_the_saved_state(demo: LoadedDetector, dynamic: nn.Mo
     assert own.size_bytes == state_bytes(demo.module) > 4 * sum(p.numel() for p in demo.module.parameters())
     assert small.size_bytes == pytest.approx(own.size_bytes - 3 * weights, rel=0.01)
     assert describe_activations(demo.module).size_bytes == own.size_bytes
-    assert (own.name, small.what.partition(",")[0]) == (FLOAT, "weights of 4 linears")
+    assert (own.name, small.what.partition(":")[0]) == (FLOAT, "4 linears")
 
 
 def test_time_methods_runs_both_in_turns_and_warns_of_nothing(

@@ -101,7 +101,7 @@ class Method:
 
 def describe_float(detector: nn.Module) -> Method:
     """Return the detector as it came."""
-    return Method(FLOAT, "nothing: float32", f"PyTorch {_version()}, eager", state_bytes(detector))
+    return Method(FLOAT, "nothing", "PyTorch, eager", state_bytes(detector))
 
 
 def describe_dynamic(detector: nn.Module, quantized: nn.Module) -> Method:
@@ -109,8 +109,8 @@ def describe_dynamic(detector: nn.Module, quantized: nn.Module) -> Method:
     linears = sum(isinstance(module, nn.Linear) for module in detector.modules())
     return Method(
         DYNAMIC,
-        f"weights of {linears} linears, and what they are given while they run",
-        f"PyTorch {_version()}, eager, {engine_name()} kernels",
+        f"{linears} linears: weights, and inputs as they come",
+        f"PyTorch, {engine_name()} kernels",
         state_bytes(quantized),
     )
 
@@ -119,8 +119,8 @@ def describe_activations(detector: nn.Module) -> Method:
     """Return the detector with its feature maps alone quantized; weights are float, so it is as large as before."""
     return Method(
         ACTIVATIONS,
-        "feature maps alone, by the run's encodings; weights float32",
-        f"PyTorch {_version()}, quantized reference: no kernel runs it",
+        "feature maps; weights float32",
+        "PyTorch, reference",
         state_bytes(detector),
     )
 
@@ -236,7 +236,3 @@ def _row(method: Method, accuracy: Accuracy) -> MethodRow:
         voc_change_interval=accuracy.voc_drop_interval,
         coco_change_interval=accuracy.coco_drop_interval,
     )
-
-
-def _version() -> str:
-    return str(torch.__version__).partition("+")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.benchmarks.report import cross, csvs, pictures, plots, proposals, tables, verdict
+from qexport.benchmarks.report import cross, csvs, methods, pictures, plots, proposals, tables, verdict
 from qexport.benchmarks.report.document import (
     ReportDocument,
     TargetDocument,
@@ -85,6 +85,7 @@ def report_document(run: RunResults) -> ReportDocument:
         ),
         missing=run.missing,
         cross=run.cross,
+        methods=run.methods,
     )
 
 
@@ -102,7 +103,8 @@ def timings_document(run: RunResults) -> TimingsDocument:
                 proposals=one.proposals_latency,
             )
             for one in run.targets
-        )
+        ),
+        methods=run.methods_latency,
     )
 
 
@@ -123,6 +125,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "curve_labels": plots.curve_labels(accuracy) if accuracy else (),
         "targets": [_target(run, one, number, dataset_root) for number, one in enumerate(run.targets)],
         "cross": _cross(run),
+        "methods": _methods(run),
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,
         "baselines": tables.BASELINES,
@@ -162,6 +165,16 @@ def _cross(run: RunResults) -> dict[str, object] | None:
         "verdict": verdict.cross_verdict(run.cross),
         "plot": cross.matrix(run.cross, "cross-matrix"),
         "sentences": cross.sentences(run.cross),
+    }
+
+
+def _methods(run: RunResults) -> dict[str, object] | None:
+    if run.methods is None:
+        return None
+    return {
+        "report": run.methods,
+        "lines": methods.lines(run, run.methods),
+        "latency": run.methods_latency,
     }
 
 

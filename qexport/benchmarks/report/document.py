@@ -15,6 +15,7 @@ from qexport.cross_results import CrossReport
 from qexport.encodings import Encodings, FloatRow
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
+from qexport.method_results import MethodsLatency, MethodsReport
 from qexport.results import (
     AccuracyReport,
     Complexity,
@@ -116,6 +117,7 @@ class ReportDocument(_Part, frozen=True):
     targets: tuple[TargetDocument, ...]
     missing: tuple[MissingStage, ...]
     cross: CrossReport | None = None
+    methods: MethodsReport | None = None
     format_version: Literal[1] = FORMAT_VERSION
 
 
@@ -138,6 +140,8 @@ class TimingsDocument(_Part, frozen=True):
     """What `timings.json` holds: everything that changes from run to run."""
 
     targets: tuple[TargetTimings, ...]
+    methods: MethodsLatency | None = None
+    """Of methods whose mAP and size stand in `report.json`; what they are compared with is float."""
     format_version: Literal[1] = FORMAT_VERSION
 
 

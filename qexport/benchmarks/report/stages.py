@@ -20,6 +20,7 @@ from qexport.engines import Engine, load_engines
 from qexport.errors import RunFolderError
 from qexport.files import read_json
 from qexport.layers import DetectorReport
+from qexport.method_results import FLOAT, MethodsLatency, MethodsReport
 from qexport.results import (
     AccuracyReport,
     Complexity,
@@ -58,6 +59,8 @@ COMPLEXITY = Stage("complexity", "complexity.json", Complexity, "export")
 PROPOSALS = Stage("proposals", "proposals.json", ProposalCurve, "evaluate")
 PROPOSALS_LATENCY = Stage("latency over proposals", "proposals_latency.json", ProposalLatency, "evaluate")
 CROSS = Stage("targets against each other", "cross.json", CrossReport, "compare")
+METHODS = Stage("methods", "methods.json", MethodsReport, "evaluate")
+METHODS_LATENCY = Stage("latency of methods", "methods_latency.json", MethodsLatency, "evaluate")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
 MEASUREMENTS = "measurements"
@@ -103,6 +106,9 @@ class RunResults:
     missing: tuple[MissingStage, ...]
     cross: CrossReport | None = None
     """None where there is one target, or nobody asked for it: it is no stage of every run."""
+    methods: MethodsReport | None = None
+    """None where nobody asked for other methods."""
+    methods_latency: MethodsLatency | None = None
 
 
 class _Reader:
@@ -160,6 +166,7 @@ def read_run(run: Path) -> RunResults:
     accuracy = reader.optional(ACCURACY)
     detections = reader.optional(DETECTIONS)
     targets = tuple(_read_target(reader, detector, name) for name in _target_names(run))
+    methods = _read_methods(reader, encodings)
     if not targets:
         reader.miss(EXPORT, "", "no target was exported")
     return RunResults(
@@ -171,6 +178,8 @@ def read_run(run: Path) -> RunResults:
         detections=detections,
         targets=targets,
         cross=_read_cross(reader, targets),
+        methods=methods,
+        methods_latency=_read_methods_latency(reader, methods) if methods else None,
         missing=tuple(reader.missing),
     )
 
@@ -187,6 +196,29 @@ def _read_cross(reader: _Reader, targets: Sequence[TargetResults]) -> CrossRepor
             reader.miss(CROSS, "", "was measured on other artifacts", options=["--cross"])
             return None
     return cross
+
+
+def _read_methods(reader: _Reader, encodings: Encodings | None) -> MethodsReport | None:
+    path = reader.run / METHODS.file
+    if not path.is_file():
+        return None
+    methods = read_json(path, MethodsReport, RunFolderError)
+    if encodings is None or methods.rows_sha256 == encodings.rows_sha256:
+        return methods
+    names = [row.method for row in methods.rows if row.method != FLOAT]
+    options = [word for name in names for word in ("--method", name)]
+    reader.miss(METHODS, "", "were measured with other encodings", options=options)
+    return None
+
+
+def _read_methods_latency(reader: _Reader, methods: MethodsReport) -> MethodsLatency | None:
+    path = reader.run / METHODS_LATENCY.file
+    if not path.is_file():
+        return None
+    latency = read_json(path, MethodsLatency, RunFolderError)
+    named = {row.method for row in methods.rows}
+    of_these = latency.detector_sha256 == methods.detector_sha256 and latency.whole.keys() <= named
+    return latency if of_these else None
 
 
 def _target_names(run: Path) -> Sequence[str]:
