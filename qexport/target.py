@@ -31,6 +31,10 @@ class Target:
     """What `-O NAME.OPTION=VALUE` can choose."""
     hint: str = ""
     """Said after the install command: what no package index holds."""
+    kernels_for: tuple[str, ...] = ()
+    """Processors, by `platform.machine()`, that its fast kernels are written for; none where all are alike."""
+    elsewhere: str = ""
+    """Said beside its latency on any other processor."""
 
     def missing(self, ability: Ability) -> tuple[str, ...]:
         """Return the modules that this installation lacks."""
@@ -91,6 +95,8 @@ TARGETS: tuple[Target, ...] = (
         needs={"export": _TORCH, "run": ("torch", "torchvision"), "measure": _TORCH},
         extra={"export": "all", "run": "qnnpack-runtime", "measure": "all"},
         runtime="qnnpack",
+        kernels_for=("aarch64", "arm64", "armv8l", "armv7l"),
+        elsewhere="QNNPACK's fast kernels are for Arm: this latency means nothing for a Raspberry Pi",
     ),
     Target(
         name="tensorrt",
@@ -119,6 +125,19 @@ TARGETS: tuple[Target, ...] = (
         hint=" && git clone https://github.com/NVIDIA-AI-IOT/torch2trt && export PYTHONPATH=$PWD/torch2trt",
     ),
 )
+
+
+def latency_note(target: str, system: str) -> str:
+    """Return what is to be said beside a target's latency; empty where there is nothing.
+
+    Args:
+        target: its name.
+        system: of the machine that it was measured on, which ends in its processor's kind: `Linux 6.1 x86_64`.
+    """
+    for one in TARGETS:
+        if one.name == target and one.kernels_for and system.rpartition(" ")[2] not in one.kernels_for:
+            return one.elsewhere
+    return ""
 
 
 def find_target(name: str) -> Target:

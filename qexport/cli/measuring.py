@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from qexport.cli import screen, tables
+from qexport.target import latency_note
 
 if TYPE_CHECKING:
     from qexport.measurement import Measurement
@@ -81,9 +82,10 @@ def _whole_table(measurement: Measurement) -> Table:
         table.add_row(subject, *(f"{time:.2f}" for time in times), peak, shown)
     machine = profile.machine
     threads = f"{profile.threads} thread{'' if profile.threads == 1 else 's'}"
+    note = latency_note(profile.target, machine.system)
     table.caption = (
         f"{machine.processor}, {machine.measured_on}, {threads}; "
-        f"layers account for {100 * profile.accounted_share:.1f} %"
+        f"layers account for {100 * profile.accounted_share:.1f} %{'. ' if note else ''}{note}"
     )
     return table
 

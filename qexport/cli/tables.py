@@ -19,11 +19,12 @@ from qexport.results import (
     AccuracyReport,
     Gate,
     Interval,
+    LatencyProfile,
     ParityReport,
     ProposalCurve,
     ProposalLatency,
 )
-from qexport.target import TARGETS, Ability, Target
+from qexport.target import TARGETS, Ability, Target, latency_note
 from qexport.target_options import describe_options
 
 _ABILITIES: tuple[Ability, ...] = ("export", "run", "measure")
@@ -124,7 +125,7 @@ def outcome_table(run: Path, targets: Sequence[str]) -> Table:
             one.target,
             f"{100 * before.voc_map50:.1f} to {100 * after.voc_map50:.1f}" if before and after else "-",
             f"{layer.path}, {layer.sqnr_fp32_db:.1f} dB" if layer and layer.sqnr_fp32_db is not None else "-",
-            f"{speed(speedup(one.latency, 'eager'))} than eager" if one.latency else "-",
+            f"{speed(speedup(one.latency, 'eager'))} than eager{_note(one.latency)}" if one.latency else "-",
             smaller(size.float_bytes / size.artifact_bytes) if size else "-",
             parity_verdict(one.parity).text.removeprefix("parity "),
             f"failed: {', '.join(failed)}" if failed else f"ok, {len(gates)} gates",
@@ -187,8 +188,15 @@ def latency_table(run: Path, target: str) -> Table:
         table.caption = (
             f"{one.latency.machine.processor}, {one.latency.machine.measured_on}, "
             f"{one.latency.threads} threads; layers account for {100 * one.latency.accounted_share:.1f} %"
+            f"{_note(one.latency)}"
         )
     return table
+
+
+def _note(latency: LatencyProfile) -> str:
+    """Return what is to be said behind a target's latency."""
+    note = latency_note(latency.target, latency.machine.system)
+    return f". {note}" if note else ""
 
 
 def accuracy_table(accuracy: AccuracyReport) -> Table:

@@ -10,6 +10,7 @@ from qexport.benchmarks.report import formats
 from qexport.benchmarks.report.tables import differing_per_million
 from qexport.benchmarks.report.verdict import describe_gate
 from qexport.errors import TargetUnavailable
+from qexport.target import latency_note
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -72,6 +73,7 @@ def _environment() -> Environment:
         describe_gate,
     ):
         environment.filters[function.__name__] = function
+    environment.filters["latency_note"] = lambda profile: latency_note(profile.target, profile.machine.system)
     environment.filters["breakable"] = lambda path: Markup(".<wbr>").join(path.split("."))
     # Our own files and matplotlib's SVG, whose text matplotlib has escaped.
     environment.filters["svg"] = Markup
