@@ -30,7 +30,8 @@ def express_activation(entry: QatRange) -> Expressed:
 
     The real values that training could represent are `scale * (qmin - zero_point)` to `scale * (qmax - zero_point)`.
     Where these are codes of int8, the scale stays, to the bit: quint8 with zero point 128, and the 7-bit codes of
-    `reduce_range` with any zero point. Elsewhere the smallest symmetric scale that covers them is taken.
+    `reduce_range` with any zero point. With zero point 127 it stays too, and the last code is clipped to the one
+    before it. Elsewhere the smallest symmetric scale that covers them is taken.
     """
     scale, zero = entry.scale[0], entry.zero_point[0]
     low, high = entry.qmin - zero, entry.qmax - zero
@@ -38,6 +39,9 @@ def express_activation(entry: QatRange) -> Expressed:
         narrower = low > -_STEPS or high < _STEPS
         said = f", codes {low} to {high} in training" if narrower else ""
         return Expressed((scale,), f"checkpoint: {entry.buffer}{said}", requantized=False)
+    if low >= ACTIVATION_RANGE[0] and high == ACTIVATION_RANGE[1] + 1:
+        clipped = f"requantized: {entry.buffer}, zero point {zero} of codes {entry.qmin} to {entry.qmax}"
+        return Expressed((scale,), f"{clipped}; same scale, code 128 becomes 127", requantized=True)
     wider = _float32(scale * max(-low, high) / _STEPS)
     lost_db = 20 * math.log10(wider / scale)
     return Expressed(

@@ -30,6 +30,7 @@ class _Site:
     path: str
     call: int
     op: str
+    """Empty for a BatchNorm, which is folded."""
     key: str
     rank: int
     before_norm: bool = False
@@ -79,7 +80,7 @@ class Places:
             Found(site.key, site.rank)
             for site in self._outputs[entry.path]
             if entry.call in (None, site.call)
-            and entry.op in ("", site.op)
+            and (not entry.op or site.op in ("", entry.op))
             and not (site.before_norm and not includes)
         ]
 

@@ -177,15 +177,14 @@ def _range_at(entry: FakeQuant, place: Place, codes: tuple[int, int] | None) -> 
 
 def _codes_of(entry: FakeQuant, *, is_weight: bool) -> tuple[int, int] | None:
     """Return the codes with which the observed range gives the scale and the zero point."""
-    if is_weight and not any(entry.zero_point):
-        return (-128, 127)  # torch's default; a weight that uses no code of -128 is the same with -127
     if any(zero > 127 for zero in entry.zero_point):
         return (0, 255)
+    usual = _CODES[2] if is_weight and not any(entry.zero_point) else None
     if not entry.low or len(entry.low) != len(entry.scale):
-        return None
+        return usual
     errors = {codes: _error_with(entry, *codes) for codes in _CODES}
     best = min(errors, key=lambda codes: errors[codes])
-    return best if errors[best] < _TOLERANCE else None
+    return best if errors[best] < _TOLERANCE else usual
 
 
 def _error_with(entry: FakeQuant, qmin: int, qmax: int) -> float:
@@ -200,7 +199,8 @@ def _error_with(entry: FakeQuant, qmin: int, qmax: int) -> float:
         affine = (high - low) / (qmax - qmin)
         symmetric = 2 * max(-low, high) / (qmax - qmin)
         options = [affine] if abs(zero - (qmin - low / max(affine, 1e-12))) < 1 else []
-        options += [symmetric] if zero == (qmin + qmax + 1) // 2 else []
+        # torch puts zero at 127 of 0..255 where the codes were given, and at 128 where they are the type's own.
+        options += [symmetric] if zero in ((qmin + qmax) // 2, (qmin + qmax + 1) // 2) else []
         worst = max(
             worst, min((abs(scale / option - 1) for option in options if option > 0), default=math.inf)
         )

@@ -191,7 +191,8 @@ class _Scopes:
                 )
 
     def _scope(self, node: Node) -> tuple[str, int | None]:
-        if node.name in self._scope_of:
+        # PT2E fills this table too, with the last part of the path only; its nodes have the whole path.
+        if node.name in self._scope_of and not op_name(node):
             return str(self._scope_of[node.name][0]), None
         site = site_of(node)
         return site.path, site.call
