@@ -10,6 +10,7 @@ from qexport.benchmarks.report.tables import speedup
 from qexport.benchmarks.report.verdict import parity_verdict
 from qexport.method_results import FLOAT, MethodRow, MethodsLatency, MethodsReport
 from qexport.results import Accuracy, Interval, LatencyStats
+from qexport.target import latency_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class MethodLine:
     """Median of eager, measured beside it, over this one's."""
     untimed: str
     """Why there is no latency; empty where there is one."""
+    note: str
+    """What the latency does not say; empty where there is nothing to note."""
     voc_map50: float | None
     coco_map: float | None
     voc_change: float | None
@@ -54,6 +57,7 @@ def _line(row: MethodRow, before: MethodRow, latency: MethodsLatency | None) -> 
         stats=stats,
         speed=whole[FLOAT].p50_ms / stats.p50_ms if stats and not own else None,
         untimed="" if stats else without,
+        note="",
         voc_map50=row.voc_map50,
         coco_map=row.coco_map,
         voc_change=None if own else row.voc_map50 - before.voc_map50,
@@ -78,6 +82,7 @@ def _static(run: RunResults, one: TargetResults) -> MethodLine:
         stats=profile.whole.get("artifact") if profile else None,
         speed=speedup(profile, "eager") if profile else None,
         untimed="" if profile else "not measured",
+        note=latency_note(one.target, profile.machine.system) if profile else "",
         voc_map50=found.voc_map50 if found else None,
         coco_map=found.coco_map if found else None,
         voc_change=found.voc_map50 - eager.voc_map50 if found and eager else None,
