@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qexport.errors import ExportError
-from qexport.quantization.graph import IMAGE_KEY, argument_node
+from qexport.quantization.graph import is_image, op_name
 from qexport.quantization.local import Recorder
 from qexport.quantization.reference import QuantizedDetector
-from qexport.training.network import POOLED_KEY, TrainingNetwork
+from qexport.training.network import TrainingNetwork
+
+_IMAGE, _POOLED = "image, not yet quantized", "pooled features, not yet quantized"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,20 @@ def compare_codes(
         given: what the static form takes: a frame, or the normalised image.
     """
     nodes = quantized.quantize_nodes
-    given_to = {f"input of {key}": argument_node(nodes[key]).name for key in (IMAGE_KEY, POOLED_KEY)}
-    wanted = {node.name: key for key, node in nodes.items()} | {name: key for key, name in given_to.items()}
+    image = next(node.name for node in quantized.float_graph.graph.nodes if is_image(node))
+    pooled = next(
+        node.name for node in quantized.graph.graph.nodes if op_name(node) == "multiscale_roi_align"
+    )
+    wanted = {node.name: key for key, node in nodes.items()} | {image: _IMAGE, pooled: _POOLED}
     reference = Recorder(quantized.graph, wanted)
     reference.run(torch.from_numpy(given))
     found: dict[str, Tensor] = {}
-    for graph, sites, key in (
-        (network.trunk, network.trunk_sites, IMAGE_KEY),
-        (network.head, network.head_sites, POOLED_KEY),
+    for graph, sites, given_to in (
+        (network.trunk, network.trunk_sites, _IMAGE),
+        (network.head, network.head_sites, _POOLED),
     ):
         trained = Recorder(graph, sites)
-        trained.run(reference.values[f"input of {key}"])
+        trained.run(reference.values[given_to])
         found |= trained.values
     values, differing, first = 0, 0, ""
     for key in nodes:

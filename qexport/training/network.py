@@ -72,9 +72,17 @@ class _HeadQuantizer(SymmetricInt8Quantizer):
     """Knows that what the box head is given is quantized already: in the whole graph RoIAlign stands before it."""
 
     def _is_quantized(self, node: Node) -> bool:
-        if node.op == "placeholder" and Q_ANNOTATION_KEY not in node.meta:
-            self._mark(node, {}, self._output_spec(node))
+        if node.op == "placeholder":
+            self._mark_given(node)
         return super()._is_quantized(node)
+
+    def _quantize_float_producers(self, model: GraphModule) -> None:
+        self._mark_given(next(node for node in model.graph.nodes if node.op == "placeholder"))
+        super()._quantize_float_producers(model)
+
+    def _mark_given(self, node: Node) -> None:
+        if Q_ANNOTATION_KEY not in node.meta:
+            self._mark(node, {}, self._output_spec(node))
 
 
 class TrainingNetwork(nn.Module):
@@ -98,8 +106,10 @@ class TrainingNetwork(nn.Module):
             channels = features[levels[0]].shape[1]  # type: ignore[index]
         pooled = torch.zeros(2, channels, *folded.roi_heads.box_roi_pool.output_size)  # type: ignore[union-attr, misc]
         kept = encodings.keep_float
+        pools = any(row.key == POOLED_KEY for row in encodings.rows)
+        of_head = _HeadQuantizer if pools else SymmetricInt8Quantizer
         self.trunk, trunk_keys = _prepare(Trunk(folded), image, SymmetricInt8Quantizer, kept)
-        self.head, head_keys = _prepare(Head(folded), pooled, _HeadQuantizer, kept)
+        self.head, head_keys = _prepare(Head(folded), pooled, of_head, kept)
         self.activations: dict[str, ActivationFakeQuantize] = {}
         self.weights: dict[str, list[WeightFakeQuantize]] = {}
         self.observing = True
@@ -107,7 +117,7 @@ class TrainingNetwork(nn.Module):
         self.head_sites = self._collect(self.head, head_keys)
         self._link(self.trunk)
         self._link(self.head)
-        self._begin(encodings)
+        self._begin(encodings, kept)
         self.observe(False)
 
     def forward(self, images: Tensor) -> TrunkOutput:
@@ -227,13 +237,13 @@ class TrainingNetwork(nn.Module):
         graph.graph.lint()
         graph.recompile()
 
-    def _begin(self, encodings: Encodings) -> None:
-        known = self.activations.keys() | self.weights.keys()
-        unknown = [row.key for row in encodings.rows if row.key not in known]
-        if unknown:
+    def _begin(self, encodings: Encodings, kept: tuple[str, ...]) -> None:
+        known, rows = self.activations.keys() | self.weights.keys(), encodings.by_key().keys()
+        if known != rows:
+            where = "whole detector alone" if rows - known else "form that is trained alone"
             raise CalibrationError(
-                f"{unknown[0]} is quantized in the whole detector and not in the form that is trained "
-                f"({len(unknown)} such rows). Leave out the --keep-float that makes it so."
+                f"{min(known ^ rows)} is quantized in the {where} ({len(known ^ rows)} such tensors), so it cannot "
+                f"be trained as it is exported. Leave out the --keep-float that makes it so: {', '.join(kept)}."
             )
         for row in encodings.rows:
             if row.port != "weight":
