@@ -12,10 +12,11 @@ FAILED=1 UNUSABLE=2 MISSING=3
 
 usage() {
     cat <<'HELP'
-usage: install.sh [--venv FOLDER] [--python PYTHON] [--wheels FOLDER] [--video] [--no-verify] [--dry-run]
+usage: install.sh [--venv FOLDER] [--python PYTHON] [--wheels FOLDER] [--torch-index URL] [--video] [--no-verify]
+                  [--dry-run]
 
 Makes a virtual environment, installs into it the qexport of this bundle with the runtime that the artifact needs,
-and runs `qexport verify`. No PyTorch, nothing outside of that folder, no sudo.
+and runs `qexport verify`. PyTorch only where it is the runtime; nothing outside of that folder, no sudo.
 
   --venv FOLDER    default: beside the bundle, its name with .venv behind it
   --python PYTHON  which Python, 3.10 or newer and 64 bit. Default: python3
@@ -24,6 +25,10 @@ and runs `qexport verify`. No PyTorch, nothing outside of that folder, no sudo.
                    pip download --dest FOLDER --only-binary :all: --platform manylinux_2_28_aarch64 \
                        --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
                        --python-version 3.11 'BUNDLE/wheel/qexport-....whl[EXTRA]'
+  --torch-index URL
+                   where PyTorch is taken from, if it is the runtime: PyTorch's own index of CPU wheels, or one that
+                   you trust. Without it pip's usual index is asked, whose torch for 64-bit Arm is a CUDA build of
+                   about 450 MB. Default: the variable QEXPORT_TORCH_INDEX
   --video          also what reads video files and cameras (PyAV)
   --no-verify      install only
   --dry-run        print the commands, run none
@@ -52,15 +57,16 @@ run() {
     fi
 }
 
-venv="$here.venv" python=python3 wheels='' verify=1 dry_run=0
+venv="$here.venv" python=python3 wheels='' torch_index=${QEXPORT_TORCH_INDEX:-} verify=1 dry_run=0
 while [ $# -gt 0 ]; do
     case $1 in
-        --venv | --python | --wheels)
+        --venv | --python | --wheels | --torch-index)
             [ $# -ge 2 ] || fail "$UNUSABLE" "$1 needs a value; see --help"
             case $1 in
                 --venv) venv=$2 ;;
                 --python) python=$2 ;;
                 --wheels) wheels=$2 ;;
+                --torch-index) torch_index=$2 ;;
             esac
             shift 2
             ;;
@@ -76,6 +82,15 @@ case $venv/ in
     "$here"/*) fail "$UNUSABLE" "--venv $venv: lies in the bundle, which would then be another. Choose a folder beside it" ;;
 esac
 [ -z "$wheels" ] || [ -d "$wheels" ] || fail "$UNUSABLE" "--wheels $wheels: no such folder"
+
+case $extra in
+    qnnpack-runtime*) with_torch=1 ;;
+    *) with_torch=0 ;;
+esac
+case $torch_index in
+    '' | http://* | https://* | file://*) ;;
+    *) fail "$UNUSABLE" "--torch-index $torch_index: no address of a package index. For a folder of wheels: --wheels" ;;
+esac
 
 # Before anything of the bundle runs.
 if command -v sha256sum >/dev/null 2>&1; then
@@ -102,8 +117,34 @@ pip_install() {
     fi
 }
 
+# What the bundle's qexport asks of PyTorch, as its wheel says it, a line each.
+torch_requirements() {
+    "$python" - "$here/$wheel" <<'PYTHON'
+import sys, zipfile
+
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    lines = wheel.read(name).decode().splitlines()
+for line in lines:
+    what, _, of = line.partition(";")
+    if what.startswith("Requires-Dist:") and "qnnpack-runtime" in of:
+        print(what.split(":", 1)[1].strip())
+PYTHON
+}
+
 say "installing into $venv (Python $version, $machine)"
 run "$python" -m venv "$venv" || fail "$FAILED" "$venv: no virtual environment could be made there; --venv chooses another folder"
+if [ "$with_torch" = 1 ] && [ -n "$torch_index" ] && [ -z "$wheels" ]; then
+    requirements=$(torch_requirements)
+    set --
+    while IFS= read -r line; do set -- "$@" "$line"; done <<EOF
+$requirements
+EOF
+    run "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --index-url "$torch_index" "$@" ||
+        fail "$FAILED" "pip could not install $* from $torch_index, which --torch-index or QEXPORT_TORCH_INDEX names. What pip says is above"
+elif [ "$with_torch" = 1 ] && [ -z "$wheels" ] && [ "$machine" = aarch64 ]; then
+    say "PyTorch comes from pip's usual index: for this processor a CUDA build of about 450 MB. A CPU build is smaller: --torch-index"
+fi
 pip_install "$here/${wheel}[$extra]" ||
     fail "$FAILED" "pip could not install qexport[$extra] on this machine: $machine, Python $version. What pip says is above. Where it finds no matching distribution, there is no wheel of the runtime for this processor and Python (or none in --wheels): try another Python with --python. Where it says externally managed or no space, --venv takes another folder. Without a network: --wheels"
 # A qexport of the same version that was there before may be another.
