@@ -91,7 +91,7 @@ def row_key(path: str, call: int, port: str) -> str:
     return f"{path}@{call}/{port}"
 
 
-Origin = Literal["checkpoint", "requantized", "filled", "shared", "calibrated"]
+Origin = Literal["checkpoint", "requantized", "shared", "calibrated"]
 """Where a scale comes from, as the first words of `EncodingRow.source` say."""
 
 
@@ -106,7 +106,6 @@ def origin_of(row: EncodingRow) -> Origin:
 _ORIGINS: dict[Origin, str] = {
     "checkpoint": "checkpoint: ",
     "requantized": "requantized: ",
-    "filled": "filled: ",
     "shared": "shared with ",
 }
 

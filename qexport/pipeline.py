@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from qexport import crossing, steps
 from qexport.artifact import MANIFEST, Artifact
+from qexport.calibrating import decide_encodings, inputs_of_calibrate
 from qexport.cross_results import CrossReport
 from qexport.crossing import check_cross_targets
 from qexport.dataset import load_dataset
@@ -133,38 +134,15 @@ def inspect(work: Work) -> DetectorReport:
 
 
 def calibrate(work: Work) -> Encodings:
-    """Decide every scale from images: `encodings.json`."""
-    from qexport.calibration.calibrator import calibrate as decide  # noqa: PLC0415
-
+    """Decide every scale, from images or by a QAT checkpoint: `encodings.json`."""
     inspect(work)
-    settings, subject = work.settings, work.subject
 
     def write() -> None:
-        samples = subject.calibration_samples()
-        with work.progress("calibrate", len(samples)) as step:
-            encodings = decide(
-                subject.static,
-                subject.inputs(samples),
-                observer=settings.observer,
-                percentile=settings.percentile,
-                keep_float=settings.keep_float,
-                notes={
-                    "dataset": subject.calibration.name,
-                    "dataset_sha256": subject.calibration.sha256,
-                    "split": subject.calibration.split,
-                    "seed": settings.seed,
-                },
-                on_image=step,
-            )
+        encodings = decide_encodings(work)
         work.folder.discard()  # a report never holds measurements of two tables
         save_encodings(encodings, work.folder.file("encodings.json"))
 
-    inputs = {
-        "detector": work.folder.digest("detector.json"),
-        "images": subject.calibration.sha256,
-        "options": [settings.calibration_images, settings.observer, settings.percentile, settings.seed],
-    }
-    if work.folder.stage("calibrate", inputs, ["encodings.json"], write):
+    if work.folder.stage("calibrate", inputs_of_calibrate(work), ["encodings.json"], write):
         work.forget_encodings()
     return work.encodings
 

@@ -33,6 +33,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     observer: ObserverName = "min-max"
     percentile: float = 99.99
     keep_float: tuple[str, ...] = ()
+    qat: str | None = None
+    """A QAT checkpoint, whose weights and scales are taken."""
+    qat_prepare: str | None = None
+    """`FILE:FUNCTION` that prepared the model for training; the user's code, which is run."""
+    strict: bool = False
+    """Refuse scales that the QAT checkpoint does not say or that the scheme cannot express."""
     target_options: tuple[str, ...] = ()
     """`TARGET.NAME=VALUE`, as given with -O."""
     split: str | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.dataset import check_classes, check_names, load_dataset, require_boxes, splits_of
-from qexport.errors import DatasetError
+from qexport.errors import CheckpointError, DatasetError
 from qexport.files import sha256_json
 from qexport.frames import frame_size, read_sample
 from qexport.layers import Layer
@@ -22,6 +22,7 @@ from qexport.samples import Dataset, Sample
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
+    from qexport.calibration.checkpoints import QatCheckpoint
     from qexport.detectors.load import LoadedDetector
     from qexport.detectors.static import StaticDetector
 
@@ -49,8 +50,32 @@ class Subject:
         """The eager detector."""
         from qexport.detectors.load import load_detector  # noqa: PLC0415 - torch begins here
 
+        if self.settings.qat:
+            return self._trained[0]
+        if self.settings.qat_prepare or self.settings.strict:
+            option = "--qat-prepare" if self.settings.qat_prepare else "--strict"
+            raise CheckpointError(f"{option} is for a QAT checkpoint. Give one with --qat, or leave it out.")
         weights = self.settings.weights
         return load_detector(self.settings.model, Path(weights) if weights else None, seed=self.settings.seed)
+
+    @property
+    def checkpoint(self) -> QatCheckpoint | None:
+        """The QAT checkpoint that the scales come from; None where they are calibrated."""
+        return self._trained[1] if self.settings.qat else None
+
+    @cached_property
+    def _trained(self) -> tuple[LoadedDetector, QatCheckpoint]:
+        from qexport.calibration.loading import load_trained  # noqa: PLC0415 - torch begins here
+
+        settings = self.settings
+        assert settings.qat is not None  # the callers' condition
+        return load_trained(
+            settings.model,
+            Path(settings.qat),
+            weights=Path(settings.weights) if settings.weights else None,
+            prepare=settings.qat_prepare,
+            seed=settings.seed,
+        )
 
     @cached_property
     def static(self) -> StaticDetector:

@@ -194,9 +194,11 @@ def resume(
     record = folder.record
     changed = settings is not None and settings != record.settings
     subject = Subject(settings if settings is not None else record.settings)
-    if subject.loaded.weights_sha256 != record.weights_sha256:
+    others_asked = changed and subject.settings.qat != record.settings.qat
+    if subject.loaded.weights_sha256 != record.weights_sha256 and not others_asked:
+        given = subject.settings.qat or subject.settings.weights or subject.settings.model
         raise RunFolderError(
-            f"{subject.settings.weights or subject.settings.model}: the weights changed since {path} was "
+            f"{given}: the weights changed since {path} was "
             "started. Put them back, or start a new run with another --out."
         )
     if changed:
@@ -204,6 +206,7 @@ def resume(
         record = msgspec.structs.replace(
             record,
             settings=subject.settings,
+            weights_sha256=subject.loaded.weights_sha256,
             dataset_sha256=subject.dataset_sha256,
             command=" && ".join(filter(None, (record.command, command))),
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qexport.cli import options, screen, tables
+from qexport.cli import options, qat_options, screen, tables
 from qexport.cli.methods import Methods
 from qexport.settings import Settings
 
@@ -34,6 +34,9 @@ def run(
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
     keep_float: options.KeepFloat = None,
+    qat: qat_options.Qat = None,
+    qat_prepare: qat_options.QatPrepare = None,
+    strict: qat_options.Strict = False,
     target_option: options.TargetOption = None,
     frame: options.Frame = None,
     proposals: options.Proposals = None,
@@ -63,7 +66,8 @@ def run(
 
     Several targets share one table of scales: --target onnx --target tensorrt. Where a target's device is not
     here, what its builder made is evaluated instead, layer by layer, and not timed. Several targets are also
-    compared with one another. --method quantizes the detector in other ways too, to compare with.
+    compared with one another. --method quantizes the detector in other ways too, to compare with. With --qat the
+    weights and the scales are those of quantization-aware training; what it does not say is calibrated.
 
     The file is run as it is; weights are only read, never executed. A run that was interrupted, and a run that
     is complete, take up where they stand when the same command is given again.
@@ -74,6 +78,7 @@ def run(
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
+    settings = qat_options.with_qat(settings, qat, qat_prepare, strict=strict)
     _run_all(settings, out, target, runs, warmup, threads, methods=method or [])
 
 
@@ -128,6 +133,9 @@ def inspect(
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
     keep_float: options.KeepFloat = None,
+    qat: qat_options.Qat = None,
+    qat_prepare: qat_options.QatPrepare = None,
+    strict: qat_options.Strict = False,
     target_option: options.TargetOption = None,
     frame: options.Frame = None,
     proposals: options.Proposals = None,
@@ -155,6 +163,7 @@ def inspect(
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
+    settings = qat_options.with_qat(settings, qat, qat_prepare, strict=strict)
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
     found = pipeline.inspect(work)
     screen.show(tables.describe_detector(found))
@@ -180,6 +189,8 @@ def _run_all(
     pipeline.check_methods(methods)
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
     outcome = pipeline.run_all(work, targets, methods=methods, runs=runs, warmup=warmup, threads=threads)
+    if settings.qat:
+        screen.show_table(qat_options.origin_table(work.encodings))
     screen.show_table(tables.outcome_table(work.path, targets))
     for sentence in (*outcome.uncrossed, *outcome.untimed):
         screen.show(sentence)

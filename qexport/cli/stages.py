@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from qexport.cli import options, screen, tables
+from qexport.cli import options, qat_options, screen, tables
 from qexport.cli.measuring import measure_bundle
 from qexport.cli.methods import Methods, show_methods
 from qexport.errors import QexportError, RunFolderError
@@ -30,11 +30,15 @@ def calibrate(
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
     keep_float: options.KeepFloat = None,
+    qat: qat_options.Qat = None,
+    qat_prepare: qat_options.QatPrepare = None,
+    strict: qat_options.StrictChange = None,
     seed: options.SeedChange = None,
 ) -> None:
-    """Decide every scale from images, and write the table of encodings.
+    """Decide every scale, from images or by a QAT checkpoint, and write the table of encodings.
 
     An option that is given replaces the run's setting. Artifacts and measurements of the old table are removed.
+    With --qat the detector gets the checkpoint's weights too.
 
       qexport calibrate runs/mine
       qexport calibrate runs/mine --observer mse --images 128 --keep-float 'backbone.body.conv1'
@@ -50,11 +54,16 @@ def calibrate(
             "calibration_data": str(calibration_data) if calibration_data else None,
             "calibration_split": calibration_split,
             "keep_float": tuple(keep_float) if keep_float else None,
+            "qat": str(qat) if qat else None,
+            "qat_prepare": qat_prepare,
+            "strict": strict,
             "seed": seed,
         },
     )
     encodings = pipeline.calibrate(work)
     origin = encodings.calibration
+    if work.settings.qat:
+        screen.show_table(qat_options.origin_table(encodings))
     screen.show(
         f"{len(encodings.rows)} rows, {len(encodings.float_rows)} layers float; "
         f"{origin['observer']} on {origin['images']} images of {origin['dataset']}/{origin['split']}"

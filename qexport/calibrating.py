@@ -1,0 +1,67 @@
+"""How a run's scales are decided: from images, or by the checkpoint that they were trained in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qexport.encodings import Encodings
+from qexport.files import sha256_file
+from qexport.work import Work
+
+
+def decide_encodings(work: Work) -> Encodings:
+    """Return the table of a run.
+
+    Raises:
+        CalibrationError: images that cannot give encodings.
+        CheckpointError: a QAT checkpoint that does not fit, or that --strict refuses.
+    """
+    from qexport.calibration.calibrator import calibrate  # noqa: PLC0415 - torch begins here
+    from qexport.calibration.filling import encodings_from_checkpoint  # noqa: PLC0415
+
+    settings, subject = work.settings, work.subject
+    samples = subject.calibration_samples()
+    checkpoint = subject.checkpoint
+    notes: dict[str, str | int | float] = {
+        "dataset": subject.calibration.name,
+        "dataset_sha256": subject.calibration.sha256,
+        "split": subject.calibration.split,
+        "seed": settings.seed,
+    }
+    with work.progress("calibrate" if checkpoint is None else "fill scales", len(samples)) as step:
+        if checkpoint is None:
+            return calibrate(
+                subject.static,
+                subject.inputs(samples),
+                observer=settings.observer,
+                percentile=settings.percentile,
+                keep_float=settings.keep_float,
+                notes=notes,
+                on_image=step,
+            )
+        return encodings_from_checkpoint(
+            subject.static,
+            checkpoint,
+            subject.inputs(samples),
+            strict=settings.strict,
+            observer=settings.observer,
+            percentile=settings.percentile,
+            keep_float=settings.keep_float,
+            notes={"qat sha256": sha256_file(checkpoint.path), **notes},
+            on_image=step,
+        )
+
+
+def inputs_of_calibrate(work: Work) -> dict[str, object]:
+    """Return everything that decides what `decide_encodings` returns."""
+    settings, subject = work.settings, work.subject
+    inputs: dict[str, object] = {
+        "detector": work.folder.digest("detector.json"),
+        "images": subject.calibration.sha256,
+        "options": [settings.calibration_images, settings.observer, settings.percentile, settings.seed],
+    }
+    if settings.qat:
+        place = Path((settings.qat_prepare or "").rpartition(":")[0])
+        prepare = sha256_file(place) if place.is_file() else str(place)
+        inputs["qat"] = [subject.loaded.weights_sha256, settings.qat_prepare, prepare, settings.strict]
+    return inputs
