@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (the extra tflite)")
 
-from qexport.artifact import describe_file, load_artifact, save_artifact
+from qexport.artifact import UnquantizedRow, describe_file, load_artifact, save_artifact
 from qexport.benchmarks.cross import ADDS_GATE, REFERENCE, STEP_GATE, VALUES_GATE, compare_all
 from qexport.cross_results import CrossPair, CrossReport
 from qexport.detectors.load import LoadedDetector
@@ -32,6 +32,8 @@ from qexport.runtimes.tflite import TfliteRunner
 from qexport.target_options import TfliteOptions
 
 VICTIM = "backbone.body.layer2.0.conv1"
+AFTER = "backbone.body.layer2.0.conv2"
+"""The one layer that reads it."""
 
 
 @pytest.fixture(scope="module")
@@ -166,29 +168,27 @@ def test_compare_all_of_targets_with_other_arithmetic_asks_for_a_step_alone(
     assert layer.differing == layer.values
 
 
-def test_compare_all_leaves_out_what_a_target_does_not_have(
+def test_compare_all_leaves_out_what_a_target_fuses_and_what_reads_it(
     demo_quantized: QuantizedDetector,
     demo_artifact: Path,
     tflite_folder: Path,
     layers: tuple[Layer, ...],
     demo_frames: list[Frame],
 ) -> None:
-    class Fused(TfliteRunner):
-        """A target that leaves one tensor unquantized."""
-
-        def run_forced(
-            self,
-            array: NDArray[np.generic],
-            codes: Mapping[str, NDArray[np.int8]],
-            proposals: NDArray[np.float32],
-        ) -> dict[str, NDArray[np.int8]]:
-            found = super().run_forced(array, codes, proposals)
-            return {key: value for key, value in found.items() if not key.startswith(f"{VICTIM}@")}
-
-    with OnnxRunner(demo_artifact) as one, Fused(tflite_folder) as other:
+    with OnnxRunner(demo_artifact) as one, TfliteRunner(tflite_folder) as other:
+        own = other.artifact
+        declared = (UnquantizedRow(f"{VICTIM}@0/output:conv2d", "fused"),)
+        other.artifact = msgspec.structs.replace(own, unquantized=declared)
         found = compare_all(demo_quantized, [one, other], layers, demo_frames[:1], split="test")
-    assert VICTIM in {layer.path for layer in pair_of(found, REFERENCE, "onnx").layers}
-    assert VICTIM not in {layer.path for layer in pair_of(found, "onnx", "tflite").layers}
+        both = msgspec.structs.replace(one.artifact, unquantized=declared)
+        one.artifact = both
+        fused = compare_all(demo_quantized, [one, other], layers, demo_frames[:1], split="test")
+    every = {layer.path for layer in pair_of(found, REFERENCE, "onnx").layers}
+    assert {VICTIM, AFTER} <= every
+    for first, second in ((REFERENCE, "tflite"), ("onnx", "tflite")):
+        assert {layer.path for layer in pair_of(found, first, second).layers} == every - {VICTIM, AFTER}
+    # Where both leave it out, both give what reads it the same.
+    assert {layer.path for layer in pair_of(fused, "onnx", "tflite").layers} == every - {VICTIM}
 
 
 def test_compare_all_of_what_is_not_one_model_is_refused(

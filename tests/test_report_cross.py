@@ -159,4 +159,4 @@ def test_matrix_has_a_cell_for_each_pair_and_says_what_was_not_compared(run: Pat
     assert "var(--bad)" in svg
     assert "var(--bad)" not in matrix(cross, "m")
     assert matrix(drawn, "m") == svg
-    assert "of 3 tensors reference and onnx 2 are in both" in sentences(drawn)[-1]
+    assert "of 3 tensors reference and onnx 2 are compared" in sentences(drawn)[-1]

@@ -8,18 +8,19 @@ Images are streamed: sums are kept, tensors are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.fx import Node
 
 from qexport.cross_results import CrossLayer, CrossPair, CrossReport, CrossSum, CrossTarget
 from qexport.errors import ArtifactError, ParityError, QexportError
 from qexport.layers import Kind, Layer, Stage, stage_of
-from qexport.quantization.graph import IMAGE_KEY
+from qexport.quantization.graph import IMAGE_KEY, argument_node, is_dequantize, is_quantize
 from qexport.quantization.local import Recorder, proposals_node
 from qexport.quantization.reference import QuantizedDetector
 from qexport.results import Gate
@@ -131,11 +132,20 @@ class _Session:
     quantized: QuantizedDetector
     runners: Sequence[ForcedRunner]
     tallies: dict[tuple[str, str], dict[str, _Tally]] = field(init=False)
+    _same: dict[tuple[str, str], frozenset[str]] = field(init=False)
+    """Keys of the layers that compute the same thing in both, by pair."""
     _wanted: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = [REFERENCE, *(runner.artifact.target for runner in self.runners)]
-        self.tallies = {pair: {} for pair in combinations(names, 2)}
+        fused: dict[str, frozenset[str]] = {REFERENCE: frozenset()}
+        for runner in self.runners:
+            fused[runner.artifact.target] = frozenset(row.key for row in runner.artifact.unquantized)
+        self.tallies = {pair: {} for pair in combinations(fused, 2)}
+        inputs = _inputs_by_key(self.quantized)
+        self._same = {
+            (first, second): frozenset(_same_layers(inputs, fused[first], fused[second]))
+            for first, second in self.tallies
+        }
         self._wanted = {node.name: key for key, node in self.quantized.quantize_nodes.items()}
         self._wanted[proposals_node(self.quantized.graph).name] = _PROPOSALS
 
@@ -151,8 +161,51 @@ class _Session:
             computed = runner.run_forced(runner.input_of(frame), codes, proposals)
             found[runner.artifact.target] = computed
         for (first, second), tallies in self.tallies.items():
-            for key in found[first].keys() & found[second].keys():
+            for key in found[first].keys() & found[second].keys() & self._same[first, second]:
                 tallies.setdefault(key, _Tally()).add(found[first][key], found[second][key])
+
+
+def _inputs_by_key(quantized: QuantizedDetector) -> dict[str, frozenset[str]]:
+    """Return which quantized tensors each quantized tensor is computed from."""
+    key_of = {node.args[0]: key for key, node in quantized.quantize_nodes.items()}
+    proposals = proposals_node(quantized.graph)
+    inputs: dict[str, frozenset[str]] = {}
+    for key, quantizer in quantized.quantize_nodes.items():
+        waiting, seen, found = [argument_node(quantizer)], set[Node](), set[str]()
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node is proposals:
+                continue
+            seen.add(node)
+            source = node.args[0] if is_dequantize(node) else None
+            if isinstance(source, Node) and is_quantize(source) and source.args[0] in key_of:
+                found.add(key_of[source.args[0]])
+            else:
+                waiting += node.all_input_nodes
+        inputs[key] = frozenset(found)
+    return inputs
+
+
+def _same_layers(
+    inputs: Mapping[str, frozenset[str]], one: frozenset[str], other: frozenset[str]
+) -> Iterator[str]:
+    """Yield the keys whose layers are given the same integers by two targets.
+
+    A target that leaves a tensor unquantized computes what reads it from values that the other rounds first.
+
+    Args:
+        inputs: of each key.
+        one: keys that one target leaves unquantized.
+        other: those of the other.
+    """
+    for key in inputs:
+        waiting, read = [key], set[str]()
+        while waiting:
+            new = inputs[waiting.pop()] - read
+            read |= new
+            waiting += new & one & other  # fused in both: the layer begins before it
+        if key not in one | other and not read & (one ^ other):
+            yield key
 
 
 def _check_same_model(runners: Sequence[ForcedRunner]) -> None:

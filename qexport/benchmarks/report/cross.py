@@ -62,8 +62,9 @@ def sentences(report: CrossReport) -> tuple[str, ...]:
     ]
     if fewer:
         said.append(
-            f"A tensor that a target leaves unquantized, to fuse it, has no integers to compare: of {most} tensors "
-            f"{', '.join(fewer)} are in both."
+            "A tensor that a target leaves unquantized, to fuse it, has no integers to compare, and the layer that "
+            f"takes it in computes something else than where it is rounded first: of {most} tensors "
+            f"{', '.join(fewer)} are compared."
         )
     return tuple(said)
 
