@@ -31,6 +31,7 @@ from qexport.cross_results import CrossReport
 from qexport.crossing import check_cross_targets
 from qexport.dataset import load_dataset
 from qexport.devices import has_device, why_untimed
+from qexport.diagnosing import diagnose
 from qexport.encodings import Encodings, save_encodings
 from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
@@ -239,7 +240,9 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
         "options": [dataset.sha256, settings.max_drop, settings.seed],
     }
     folder.stage("evaluate", inputs, ["detections.json", "accuracy.json"], write)
-    return read_json(folder.file("accuracy.json"), AccuracyReport, RunFolderError)
+    accuracy = read_json(folder.file("accuracy.json"), AccuracyReport, RunFolderError)
+    diagnose(work, accuracy)
+    return accuracy
 
 
 def compare_methods(

@@ -135,6 +135,11 @@ class Noise:
         ratios = [self._noise[path] / self._signal[path] for path in self._outputs if self._signal[path]]
         return sum(ratios) / len(ratios) if ratios else 0.0
 
+    @property
+    def db(self) -> float | None:
+        """Signal over noise in dB; None where nothing differs."""
+        return _db(self.ratio)
+
 
 def _name(layer: Layer, grain: Grain) -> str:
     if grain == "stage":

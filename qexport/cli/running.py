@@ -197,7 +197,7 @@ def _run_all(
     screen.show(f"artifacts: {', '.join(str(work.path / target) for target in targets)}")
     screen.show(f"figures:   {outcome.report.json}, {outcome.report.timings}")
     screen.show(f"report:    {outcome.report.html}")
-    tables.require_gates(outcome.gates)
+    tables.require_gates(outcome.gates, run=out)
 
 
 def _settings(

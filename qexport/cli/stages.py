@@ -288,7 +288,7 @@ def evaluate(
     screen.show(f"wrote {work.path / 'accuracy.json'}")
     if method:
         show_methods(work, method, runs=runs or _RUNS)
-    tables.require_gates(accuracy.gates)
+    tables.require_gates(accuracy.gates, run=run)
 
 
 def _check_curve_options(

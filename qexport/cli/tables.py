@@ -11,8 +11,11 @@ from rich.table import Table
 
 from qexport.cross_results import CrossReport
 from qexport.devices import has_device
+from qexport.diagnosing import FILE as CULPRIT
+from qexport.diagnosis_results import Diagnosis
 from qexport.engines import FOLDER, load_engines
-from qexport.errors import GateFailed
+from qexport.errors import GateFailed, RunFolderError
+from qexport.files import read_json
 from qexport.layers import STAGES, DetectorReport
 from qexport.results import (
     Accuracy,
@@ -30,8 +33,12 @@ from qexport.target_options import describe_options
 _ABILITIES: tuple[Ability, ...] = ("export", "run", "measure")
 
 
-def require_gates(gates: Sequence[Gate]) -> None:
+def require_gates(gates: Sequence[Gate], *, run: Path | None = None) -> None:
     """Go on only where every gate holds.
+
+    Args:
+        gates: what was promised.
+        run: whose culprit is named, where one was found.
 
     Raises:
         GateFailed: names those that do not, with what was measured and what was asked.
@@ -44,7 +51,13 @@ def require_gates(gates: Sequence[Gate]) -> None:
             f"{gate.subject}: {describe_gate(gate)}" if gate.subject else describe_gate(gate)
             for gate in failed
         ]
-        raise GateFailed(f"{len(failed)} of {len(gates)} gates failed. " + "; ".join(lines))
+        path = run / CULPRIT if run is not None else None
+        culprit = (
+            f". {read_json(path, Diagnosis, RunFolderError).sentence}"
+            if path is not None and path.is_file()
+            else ""
+        )
+        raise GateFailed(f"{len(failed)} of {len(gates)} gates failed. " + "; ".join(lines) + culprit)
 
 
 def describe_detector(found: DetectorReport) -> str:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.benchmarks.report import cross, csvs, methods, pictures, plots, proposals, tables, verdict
+from qexport.benchmarks.report import (
+    cross,
+    csvs,
+    methods,
+    pictures,
+    plots,
+    proposals,
+    sensitivity,
+    tables,
+    verdict,
+)
 from qexport.benchmarks.report.document import (
     ReportDocument,
     TargetDocument,
@@ -85,6 +95,8 @@ def report_document(run: RunResults) -> ReportDocument:
         ),
         missing=run.missing,
         cross=run.cross,
+        diagnosis=run.diagnosis,
+        sensitivity=run.sensitivity,
         methods=run.methods,
     )
 
@@ -125,6 +137,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "curve_labels": plots.curve_labels(accuracy) if accuracy else (),
         "targets": [_target(run, one, number, dataset_root) for number, one in enumerate(run.targets)],
         "cross": _cross(run),
+        "sensitivity": _sensitivity(run),
         "methods": _methods(run),
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,
@@ -154,6 +167,17 @@ def _target(run: RunResults, one: TargetResults, number: int, dataset_root: Path
         "floats": tables.float_decisions(run.encodings, one.artifact),
         "artifact_sha256": one.artifact.sha256 if one.artifact else None,
         "pictures": [(one, pictures.embed(dataset_root, one.image)) for one in differences],
+    }
+
+
+def _sensitivity(run: RunResults) -> dict[str, object] | None:
+    report = run.sensitivity
+    if report is None:
+        return None
+    return {
+        "report": report,
+        "noise": sensitivity.noise_plot(report, "sensitivity-noise"),
+        "trade": sensitivity.trade_plot(report, "sensitivity-trade") if len(report.points) > 1 else None,
     }
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision, Rung, UnquantizedRow
 from qexport.cross_results import CrossReport
+from qexport.diagnosis_results import Diagnosis
 from qexport.encodings import Encodings, FloatRow
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
@@ -25,6 +26,7 @@ from qexport.results import (
     ProposalCurve,
     ProposalLatency,
 )
+from qexport.sensitivity_results import SensitivityReport
 from qexport.settings import RunRecord
 
 FORMAT_VERSION: Final = 1
@@ -117,6 +119,9 @@ class ReportDocument(_Part, frozen=True):
     targets: tuple[TargetDocument, ...]
     missing: tuple[MissingStage, ...]
     cross: CrossReport | None = None
+    diagnosis: Diagnosis | None = None
+    """Who did it, where accuracy fell by more than its gate."""
+    sensitivity: SensitivityReport | None = None
     methods: MethodsReport | None = None
     format_version: Literal[1] = FORMAT_VERSION
 

@@ -15,10 +15,11 @@ from typing import Generic, TypeVar
 from qexport.artifact import MANIFEST, Artifact
 from qexport.benchmarks.report.document import MissingStage
 from qexport.cross_results import CrossReport
+from qexport.diagnosis_results import Diagnosis
 from qexport.encodings import Encodings, load_encodings
 from qexport.engines import Engine, load_engines
 from qexport.errors import RunFolderError
-from qexport.files import read_json
+from qexport.files import read_json, sha256_json
 from qexport.layers import DetectorReport
 from qexport.method_results import FLOAT, MethodsLatency, MethodsReport
 from qexport.results import (
@@ -31,6 +32,7 @@ from qexport.results import (
     ProposalCurve,
     ProposalLatency,
 )
+from qexport.sensitivity_results import SensitivityReport
 from qexport.settings import RunRecord
 
 _T = TypeVar("_T")
@@ -61,6 +63,8 @@ PROPOSALS_LATENCY = Stage("latency over proposals", "proposals_latency.json", Pr
 CROSS = Stage("targets against each other", "cross.json", CrossReport, "compare")
 METHODS = Stage("methods", "methods.json", MethodsReport, "evaluate")
 METHODS_LATENCY = Stage("latency of methods", "methods_latency.json", MethodsLatency, "evaluate")
+DIAGNOSIS = Stage("culprit", "diagnosis.json", Diagnosis, "evaluate")
+SENSITIVITY = Stage("sensitivity", "sensitivity.json", SensitivityReport, "sensitivity")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
 MEASUREMENTS = "measurements"
@@ -109,6 +113,10 @@ class RunResults:
     methods: MethodsReport | None = None
     """None where nobody asked for other methods."""
     methods_latency: MethodsLatency | None = None
+    diagnosis: Diagnosis | None = None
+    """None where accuracy kept its gates."""
+    sensitivity: SensitivityReport | None = None
+    """None where nobody asked for it."""
 
 
 class _Reader:
@@ -180,6 +188,8 @@ def read_run(run: Path) -> RunResults:
         cross=_read_cross(reader, targets),
         methods=methods,
         methods_latency=_read_methods_latency(reader, methods) if methods else None,
+        diagnosis=_read_diagnosis(reader, accuracy),
+        sensitivity=_read_sensitivity(reader, encodings),
         missing=tuple(reader.missing),
     )
 
@@ -219,6 +229,24 @@ def _read_methods_latency(reader: _Reader, methods: MethodsReport) -> MethodsLat
     named = {row.method for row in methods.rows}
     of_these = latency.detector_sha256 == methods.detector_sha256 and latency.whole.keys() <= named
     return latency if of_these else None
+
+
+def _read_diagnosis(reader: _Reader, accuracy: AccuracyReport | None) -> Diagnosis | None:
+    path = reader.run / DIAGNOSIS.file
+    if accuracy is None or all(gate.passed for gate in accuracy.gates) or not path.is_file():
+        return None
+    return read_json(path, DIAGNOSIS.kind, RunFolderError)
+
+
+def _read_sensitivity(reader: _Reader, encodings: Encodings | None) -> SensitivityReport | None:
+    path = reader.run / SENSITIVITY.file
+    if not path.is_file():
+        return None
+    found = read_json(path, SENSITIVITY.kind, RunFolderError)
+    if encodings is not None and found.encodings_sha256 == sha256_json(encodings):
+        return found
+    reader.miss(SENSITIVITY, "", "was measured with other encodings")
+    return None
 
 
 def _target_names(run: Path) -> Sequence[str]:

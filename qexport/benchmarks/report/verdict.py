@@ -48,7 +48,8 @@ def run_verdict(run: RunResults) -> Verdict:
     lines = [line for line in gate_lines(run) if not line.timed]
     failed = [line for line in lines if not line.gate.passed]
     if failed:
-        return Verdict(state="failed", text=_failure(failed), gates=len(lines), failed=len(failed))
+        culprit = f". {run.diagnosis.sentence}" if run.diagnosis is not None else ""
+        return Verdict(state="failed", text=_failure(failed) + culprit, gates=len(lines), failed=len(failed))
     due = [missing for missing in run.missing if not missing.needs_device]
     if due or not lines:
         names = dict.fromkeys(
