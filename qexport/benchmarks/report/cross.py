@@ -42,7 +42,7 @@ def matrix(report: CrossReport, name: str) -> str:
 
 
 def sentences(report: CrossReport) -> tuple[str, ...]:
-    """Return, for each pair of targets, which kinds of layers are identical and which are not."""
+    """Return, for each pair of targets, which kinds of layers are identical; then what is not compared, if anything."""
     said = []
     for pair in report.pairs:
         same = [kind for kind, total in pair.kinds.items() if not total.differing]
