@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qexport.calibration.calibrator import (
     SCHEME,
@@ -74,7 +75,8 @@ def encodings_from_checkpoint(
             f"{checkpoint.path}: --strict, and the checkpoint does not say {len(unsaid)} scales:\n{_listed(unsaid)}\n"
             + " ".join((*checkpoint.notes, f"{advice}: they are calibrated then, and each row says so."))
         )
-    images = _show(observed, frames, on_image, needed=any(not key.endswith("/weight") for key in unsaid))
+    needed = any(not key.endswith("/weight") for key in unsaid)
+    images = _show(observed, frames, on_image, needed=needed, empty=static.example_input())
     source = name_observer(observer, percentile)
     rows = _rows(observed, source, trained, weights)
     if strict:
@@ -132,11 +134,11 @@ def _show(
     on_image: Callable[[], None],
     *,
     needed: bool,
+    empty: Tensor,
 ) -> int:
-    """Let the observers see the frames, where one of them is needed; weights are seen in any case."""
+    """Let the observers see the frames, where one of them is needed, else an empty one: weights are seen anyhow."""
     if not needed:
-        placeholder = next(node for node in observed.graph.graph.nodes if node.op == "placeholder")
-        show(observed, [torch.zeros_like(placeholder.meta["val"], device="cpu").numpy()])
+        show(observed, [empty.numpy()])
         return 0
     images = show(observed, frames, on_image)
     if images == 0:

@@ -71,8 +71,6 @@ def _activations(found: object, path: Path) -> tuple[list[QatRange], list[str]]:
     ranges, nameless = [], []
     for name, entries in _by_name(found):
         buffer = f"{_ACTIVATIONS}.{name}"
-        if isinstance(entries, Mapping) and not entries.keys() <= {"input", "output"}:
-            entries = [entries]  # noqa: PLW2901 - one tensor of the list format
         if isinstance(entries, Mapping):
             ports: tuple[Port, ...] = ("input", "output")
             for port in ports:

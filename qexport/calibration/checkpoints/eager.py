@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from qexport.calibration.checkpoints.content import Content
 from qexport.calibration.checkpoints.fake_quant import (
     ACTIVATION,
@@ -25,10 +27,12 @@ def _recognised(content: Content) -> bool:
 
 def _read(content: Content, detector: Detector, prepare: str | None) -> QatCheckpoint:
     prepared = load_prepared(prepare, content.state, content.path) if prepare else None
-    state = without_wrappers(content.state)
+    keys = without_wrappers(content.state)
+    state = {key: content.state[own] for key, own in keys.items()}
     floats, fused = float_state(state, detector.norms, content.path)
     ranges = ranges_of(fake_quants(state), fused, prepared, content.path, floats)
-    return detector.checkpoint(FORMAT.name, content.path, floats, ranges)
+    named = tuple(dataclasses.replace(entry, buffer=keys[entry.buffer]) for entry in ranges)
+    return detector.checkpoint(FORMAT.name, content.path, floats, named)
 
 
 FORMAT = Format(

@@ -80,18 +80,18 @@ def is_numbered(name: str) -> bool:
     return _NUMBERED.search(name) is not None
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the `module.` that torch.ao's QuantWrapper adds."""
-    found = dict(state)
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the keys of a state dict without the `module.` that torch.ao's QuantWrapper adds, with the keys it has."""
+    keys = {key: key for key in state}
     for key in state:
         wrapped = _WRAPPED.match(key)
         inside = f"{wrapped[1]}module." if wrapped else ""
-        if wrapped and any(other.startswith(inside) for other in found):
-            found = {
-                wrapped[1] + other.removeprefix(inside) if other.startswith(inside) else other: value
-                for other, value in found.items()
+        if wrapped and any(other.startswith(inside) for other in keys):
+            keys = {
+                wrapped[1] + other.removeprefix(inside) if other.startswith(inside) else other: own
+                for other, own in keys.items()
             }
-    return found
+    return keys
 
 
 def float_state(
