@@ -31,7 +31,7 @@ def draw_history(history: History, path: Path) -> Path:
     if history.float_detector is not None:
         measured.axhline(abs(history.float_detector.score), color="grey", linestyle="--", label="float")
     measured.plot(history.best.epoch, abs(history.best.measured.score), "*", markersize=14, label="kept")
-    name = "COCO mAP" if has_map else "Distance to float"
+    name = "Mean of COCO and VOC mAP" if has_map else "Distance to float"
     measured.set(title=f"{name}, validation split", xlabel="epoch", xticks=numbers)
     measured.legend(fontsize="small")
     with whole_file(path) as partial:

@@ -22,9 +22,9 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def score(self) -> float:
-        """What the best epoch has most of."""
-        if self.coco_map is not None:
-            return self.coco_map
+        """What the best epoch has most of: the mean of both mAPs, since a run's gates look at both."""
+        if self.coco_map is not None and self.voc_map50 is not None:
+            return (self.coco_map + self.voc_map50) / 2
         return -(self.distance or 0.0)
 
     def has_fallen(self, start: Measured, max_fall: float) -> bool:

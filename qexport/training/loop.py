@@ -100,9 +100,8 @@ class Training:
             if epoch > self._settings.epochs:
                 self._end("complete", f"all {self._settings.epochs} epochs")
                 break
-            with torch.random.fork_rng(
-                devices=[self._device] if self._device.type == "cuda" else []
-            ):  # the caller's random numbers stay as they are
+            cuda = range(torch.cuda.device_count()) if self._device.type == "cuda" else ()
+            with torch.random.fork_rng(devices=cuda):  # the caller's random numbers stay as they are
                 torch.manual_seed(int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]))
                 losses, rate = self._train(epoch)
             bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
