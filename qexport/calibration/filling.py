@@ -31,7 +31,7 @@ from qexport.encodings import WEIGHT_RANGE, EncodingRow, Encodings, QuantParams,
 from qexport.errors import CalibrationError, CheckpointError
 from qexport.settings import ObserverName
 
-_LISTED = 12
+_LISTED = 60
 
 
 def encodings_from_checkpoint(
