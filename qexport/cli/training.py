@@ -279,7 +279,7 @@ def qat(
     said = _Narrator()
     found = tuning.run(out, command=options.exact_command(), on_epoch=said)
     said(found.history)
-    _conclude(found, model, data)
+    _conclude(found, settings)
 
 
 class _Narrator:
@@ -316,7 +316,7 @@ def _distillation(
     return weights
 
 
-def _conclude(found: FineTuned, model: str, data: Path) -> None:
+def _conclude(found: FineTuned, settings: Settings) -> None:
     history, agreement = found.history, found.agreement
     kept = history.best.epoch
     screen.show(f"{history.status}: {history.message}; kept: epoch {kept}, {history.best.measured}")
@@ -330,7 +330,9 @@ def _conclude(found: FineTuned, model: str, data: Path) -> None:
         f"in {agreement.tensors} tensors of one image"
     )
     height, width = found.frame_px
-    arguments = ["--qat", str(found.result), "--model", model, "--data", str(data)]
+    arguments = ["--qat", str(found.result), "--model", settings.model, "--data", settings.data]
+    arguments += ["--classes", ",".join(settings.classes)] if settings.classes else []
+    arguments += ["--preprocess", "outside"] if settings.preprocess == "outside" else []
     arguments += ["--frame", f"{height}x{width}", "--target", "onnx", "--out", "runs/qat"]
     screen.show(f"wrote {found.result}, history in {found.picture}")
     screen.show(f"next: qexport run {shlex.join(arguments)}")
