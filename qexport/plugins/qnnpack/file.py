@@ -24,6 +24,8 @@ _DEBUG = ".debug_pkl"
 _PADDING_ID = 0x4246
 _ALIGNMENT = 64
 """Of tensors in the file, and the field that pads up to it: as PyTorch writes them."""
+_CONSTANT = "torch.tensor results are registered as constants"
+"""What the tracer says of constants, which these are."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -76,19 +78,18 @@ def trace(module: nn.Module, given: tuple[Tensor, ...], path: str) -> torch.jit.
     Raises:
         UnsupportedOperator: what it does depends on values of the inputs, which a trace would take for constants.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", category=TracerWarning)
-        warnings.filterwarnings(
-            "ignore",
-            category=TracerWarning,
-            message=r"torch\.tensor results are registered as constants",
-        )
-        try:
-            traced = torch.jit.trace(module, given, check_trace=False)  # type: ignore[no-untyped-call]
-        except TracerWarning as error:
+    # Raised as errors, some of them would get lost in torch's C++.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings("always", category=TracerWarning)
+        traced = torch.jit.trace(module, given, check_trace=False)  # type: ignore[no-untyped-call]
+    for warning in said:
+        text = str(warning.message)
+        if not issubclass(warning.category, TracerWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not text.startswith(_CONSTANT):
             raise UnsupportedOperator(
-                f"{path}: what it computes depends on values of one frame, so no trace of it is right: {error}"
-            ) from error
+                f"{path}: what it computes depends on values of one frame, so no trace of it is right: {text}"
+            )
     assert isinstance(traced, torch.jit.ScriptModule)
     return traced
 

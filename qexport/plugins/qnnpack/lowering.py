@@ -140,11 +140,15 @@ class Lowering:
             return self._move(base)
         if form == "":
             return self._quantize(source, scale)
-        relu = source is not base and _limits(source) == (0.0, None)
+        low, high = _active_limits(source, scale) if source is not base else (None, None)
+        relu = low == 0.0
         made = (
             self._layer(base, scale, relu=relu) if form == "layer" else self._binary(base, scale, relu=relu)
         )
-        return made if relu or source is base else self._limit(base, source, made, scale)
+        if (relu and high is None) or (low, high) == (None, None):
+            return made
+        owner = self._names.operator(site_of(base), op_name(source))
+        return self._saturate(owner, made, low, high, scale)
 
     def _layer(self, node: Node, scale: float, *, relu: bool) -> Node:
         site, source = site_of(node), self._behind(node.args[0])
@@ -162,19 +166,18 @@ class Lowering:
         codes = (self._codes[source] for source in sources)
         return self._parts.call(self._owner(node), kernel, (*codes, scale, ZERO_POINT))
 
-    def _limit(self, base: Node, source: Node, value: Node, scale: float) -> Node:
+    def _saturate(self, owner: str, value: Node, low: float | None, high: float | None, scale: float) -> Node:
         """Write an activation that saturates at numbers, on codes: limits round to codes as values do."""
-        limits = _limits(source)
-        assert limits is not None
-        low, high = (
-            (-129 * scale, 128 * scale)[place] if limit is None else limit
-            for place, limit in enumerate(limits)
-        )
-        owner = self._names.operator(site_of(base), op_name(source))
-        return self._parts.call(owner, torch.ops.aten.clamp.default, (value, low, high))
+        low, high = (-128 * scale if low is None else low), (127 * scale if high is None else high)
+        # QNNPACK's clamp reads channels last and says that it wrote channels first.
+        plain = self._parts.call(owner, torch.ops.aten.contiguous.default, (value,))
+        return self._parts.call(owner, torch.ops.aten.clamp.default, (plain, low, high))
 
     def _move(self, node: Node) -> Node:
         codes = {each: self._codes[source] for each in node.all_input_nodes if (source := self._behind(each))}
+        if op_name(node) == "relu6":
+            value, scale = codes[argument_node(node)], scale_of(argument_node(node))
+            return self._saturate(self._owner(node), value, 0.0, 6.0, scale)
         return self._call(self._owner(node), node, codes.__getitem__)
 
     def _quantize(self, source: Node, scale: float) -> Node:
@@ -326,6 +329,15 @@ def _limits(node: Node) -> tuple[float | None, float | None] | None:
     if isinstance(low, Node) or isinstance(high, Node):
         return None
     return (None if low is None else float(low)), (None if high is None else float(high))  # type: ignore[arg-type]
+
+
+def _active_limits(node: Node, scale: float) -> tuple[float | None, float | None]:
+    """Return the limits that int8 codes of this scale do not have by themselves."""
+    low, high = _limits(node) or (None, None)
+    return (
+        None if low is None or round(low / scale) <= -128 else low,
+        None if high is None or round(high / scale) >= 127 else high,
+    )
 
 
 def _is_activation_quantizer(node: Node) -> bool:

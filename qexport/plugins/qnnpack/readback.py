@@ -181,10 +181,10 @@ def _wrong_layer(
         weight.int_repr(), constant_of(graph, argument_node(source))
     ):
         wrong.append(f"{where}: weight of other integers than the encodings give")
-    wanted = argument_node(node, 2) if len(node.args) > 2 and node.args[2] is not None else None
-    if (wanted is None) != (bias is None) or (
-        wanted is not None and bias is not None and not torch.equal(bias, constant_of(graph, wanted))
-    ):
+    given = argument_node(node, 2) if len(node.args) > 2 and node.args[2] is not None else None
+    wanted = constant_of(graph, given) if given is not None else torch.zeros(weight.shape[0])
+    # QNNPACK holds a bias of zeros where a layer has none.
+    if not torch.equal(bias if bias is not None else torch.zeros(weight.shape[0]), wanted):
         wrong.append(f"{where}: another bias than the encodings give")
     return wrong
 
