@@ -99,6 +99,17 @@ TARGETS: tuple[Target, ...] = (
         elsewhere="QNNPACK's fast kernels are for Arm: this latency means nothing for a Raspberry Pi",
     ),
     Target(
+        name="executorch",
+        summary="Arm boards and phones: one .pte, layers in XNNPACK; Python or C++ runtime",
+        needs={
+            "export": (*_TORCH, "executorch.version"),
+            "run": ("executorch.version", "torch"),
+            "measure": (*_TORCH, "executorch.version"),
+        },
+        extra={"export": "all,executorch", "run": "executorch", "measure": "all,executorch"},
+        runtime="executorch",
+    ),
+    Target(
         name="tensorrt",
         summary="NVIDIA Jetson and GPUs: int8 engine by ONNX with explicit Q/DQ; built and checked without a GPU too",
         needs={

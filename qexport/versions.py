@@ -11,7 +11,10 @@ def is_importable(module: str) -> bool:
 
     A folder of the name that holds no package is none: a run's own `tensorrt` or `onnx` in the current folder.
     """
-    spec = find_spec(module)
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # the package that a dotted name lies in is not there
+        return False
     return spec is not None and spec.origin is not None
 
 
