@@ -123,7 +123,12 @@ def _epochs(number: int) -> Callable[[Path], bool]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "delay_s"), [(_exists("start.json"), 0.5), (_epochs(0), 1.0), (_epochs(1), 0.0)]
+    ("moment", "delay_s"),
+    [
+        pytest.param(_exists("start.json"), 0.5, marks=pytest.mark.slow, id="before the first epoch"),
+        pytest.param(_epochs(0), 1.0, id="in the first epoch"),
+        pytest.param(_epochs(1), 0.0, marks=pytest.mark.slow, id="after the first epoch"),
+    ],
 )
 def test_qat_killed_goes_on_to_the_same_bytes(
     made: Path, data: Path, moment: Callable[[Path], bool], delay_s: float
