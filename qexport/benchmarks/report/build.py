@@ -136,6 +136,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "curves": plots.precision_recall(accuracy, "curves") if accuracy else "",
         "curve_labels": plots.curve_labels(accuracy) if accuracy else (),
         "targets": [_target(run, one, number, dataset_root) for number, one in enumerate(run.targets)],
+        "scales": tables.scale_origins(run.encodings),
         "cross": _cross(run),
         "sensitivity": _sensitivity(run),
         "methods": _methods(run),

@@ -6,6 +6,7 @@ of one command give the same `report.json`, byte for byte. All of that stands in
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Final, Literal
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from qexport.artifact import Artifact, ArtifactFile, InputSpec, LayerDecision, Rung, UnquantizedRow
 from qexport.cross_results import CrossReport
 from qexport.diagnosis_results import Diagnosis
-from qexport.encodings import Encodings, FloatRow
+from qexport.encodings import Encodings, FloatRow, origin_of
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
 from qexport.method_results import MethodsLatency, MethodsReport
@@ -73,6 +74,8 @@ class CalibrationSummary(_Part, frozen=True):
     rows: int
     float_rows: tuple[FloatRow, ...]
     rows_sha256: str
+    origins: dict[str, int] = {}
+    """Of a QAT checkpoint: how many scales came from where."""
 
 
 class ArtifactSummary(_Part, frozen=True):
@@ -170,6 +173,7 @@ def summarise_encodings(encodings: Encodings) -> CalibrationSummary:
         rows=len(encodings.rows),
         float_rows=encodings.float_rows,
         rows_sha256=encodings.rows_sha256,
+        origins=dict(Counter(map(origin_of, encodings.rows))) if "qat" in encodings.calibration else {},
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qexport.artifact import Artifact, Rung
 from qexport.benchmarks.report import formats
-from qexport.encodings import Encodings
+from qexport.encodings import EncodingRow, Encodings, Origin, origin_of
 from qexport.results import (
     Accuracy,
     AccuracyReport,
@@ -67,6 +67,31 @@ class FloatDecision:
     decided_by: str
     kernels: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleOrigin:
+    """The scales of a QAT run that came from one place."""
+
+    name: Origin
+    meaning: str
+    rows: tuple[EncodingRow, ...]
+
+
+_ORIGINS: dict[Origin, str] = {
+    "checkpoint": "the checkpoint's own, bit for bit",
+    "shared": "of the tensor that the operator moves or selects from",
+    "requantized": "not as in training: the row says what was given away",
+    "calibrated": "not in the checkpoint: decided on images, or from the weights",
+}
+
+
+def scale_origins(encodings: Encodings | None) -> tuple[ScaleOrigin, ...]:
+    """Return where the scales came from; nothing where they were all calibrated."""
+    if encodings is None or "qat" not in encodings.calibration:
+        return ()
+    found = {origin: tuple(row for row in encodings.rows if origin_of(row) == origin) for origin in _ORIGINS}
+    return tuple(ScaleOrigin(origin, _ORIGINS[origin], rows) for origin, rows in found.items() if rows)
 
 
 def differing_per_million(layer: LayerParity) -> float | None:
