@@ -42,6 +42,7 @@ COMMANDS = (
     "bench",
     "evaluate",
     "sensitivity",
+    "mend",
     "report",
     "build",
     "bundle",

@@ -192,11 +192,11 @@ def _explain(
         return "saturation", evidence, "--observer min-max, or a larger --percentile"
     if unequal > UNEQUAL:
         evidence = f"the widest channel of {row.key} has {unequal:.0f} times the range of the median one"
-        return "unequal channels", evidence, f"--equalize, or --keep-float {path}"
+        return "unequal channels", evidence, f"`qexport mend RUN --equalize`, or --keep-float {path}"
     times = f"the range of {row.key} is {outlying:.1f} times what 99.9 % of its values keep to"
     if outlying > OUTLYING:
         return "outliers", times, "--observer mse, or --observer percentile"
-    return "rounding", times, f"`qexport qat`, or --keep-float {path}"
+    return "rounding", times, f"`qexport mend RUN`, `qexport qat`, or --keep-float {path}"
 
 
 def _explain_weight(examined: _Examined, row: EncodingRow, path: str) -> tuple[Cause, str, str]:
@@ -204,7 +204,7 @@ def _explain_weight(examined: _Examined, row: EncodingRow, path: str) -> tuple[C
     peak = float((weight.abs().amax(1) / weight.square().mean(1).sqrt().clamp(min=1e-12)).median())
     evidence = f"its weights reach {peak:.0f} times their root mean square"
     cause: Cause = "weights with outliers" if peak > WEIGHTS_OUTLYING else "rounding"
-    return cause, evidence, f"`qexport qat`, or --keep-float {path}"
+    return cause, evidence, f"`qexport mend RUN`, `qexport qat`, or --keep-float {path}"
 
 
 def _loudness(unit: UnitNoise) -> float:

@@ -21,6 +21,7 @@ from qexport.cli.building import build
 from qexport.cli.bundling import bundle
 from qexport.cli.detecting import detect
 from qexport.cli.doctor import doctor
+from qexport.cli.mending import mend
 from qexport.cli.reporting import report, targets
 from qexport.cli.running import demo, inspect, run
 from qexport.cli.screen import say
@@ -39,9 +40,9 @@ FAULT = 70
 
 _GROUPS: tuple[tuple[str, tuple[Callable[..., None], ...]], ...] = (
     ("Whole runs", (run, demo)),
-    ("Train", (qat,)),
     ("Stage by stage", (inspect, calibrate, export)),
-    ("Measure a run", (compare, bench, evaluate, sensitivity)),
+    ("Measure a run", (compare, bench, evaluate)),
+    ("Accuracy kept", (sensitivity, mend, qat)),
     ("For a board and on it", (bundle, build, verify, detect)),
     ("Results and this machine", (report, targets, doctor)),
 )

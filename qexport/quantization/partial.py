@@ -26,6 +26,7 @@ from qexport.quantization.graph import (
     is_dequantize,
     is_quantize,
     op_name,
+    scale_of,
     site_of,
     weight_key,
 )
@@ -61,6 +62,7 @@ class PartlyQuantized:
         for node in self._order:
             if op_name(node) in WEIGHTED and is_dequantize(node.args[1]):
                 self._weights[node] = (self._quantized_weight(node), self._float_weight(floats[node.name]))
+        self._scales: dict[str, float] = {}
         self.keys = frozenset(self._key_of.values()) | {weight_key(node) for node in self._weights}
 
     def keys_with(self, keep_float: Collection[str]) -> tuple[frozenset[str], Plan]:
@@ -111,6 +113,40 @@ class PartlyQuantized:
             rows_sha256=digest_of_rows(rows, plan.float_rows),
         )
 
+    def layers(self) -> tuple[str, ...]:
+        """Return the module paths of the quantized convolutions and linears, in order of execution."""
+        return tuple(dict.fromkeys(site_of(node).path for node in self._weights))
+
+    def nodes_of(self, path: str) -> tuple[Node, ...]:
+        """Return the calls of a convolution or linear."""
+        return tuple(node for node in self._weights if site_of(node).path == path)
+
+    def weight_shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of a layer's weights."""
+        return tuple(self._weights[self.nodes_of(path)[0]][0][0].shape)
+
+    def replace_layer(self, path: str, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Let a layer compute with other weights where it is quantized.
+
+        Args:
+            path: of the convolution or linear.
+            weight: real values that its scales hold exactly; None: its own.
+            bias: real values, which are put on the grid of each call; None: its own.
+        """
+        for node in self.nodes_of(path):
+            own, floats = self._weights[node]
+            new = [own[0] if weight is None else weight, *own[1:]]
+            if bias is not None:
+                graph = self._detector.graph
+                stored = argument_node(node, 1)
+                step = scale_of(argument_node(node)) * constant_of(graph, argument_node(stored, 1))
+                new[1:] = [torch.round(bias / step) * step]
+            self._weights[node] = (tuple(new), floats)
+
+    def replace_scales(self, scales: Mapping[str, float]) -> None:
+        """Let activations be quantized with other scales, by key; those that are not named have their own."""
+        self._scales = dict(scales)
+
     def run(
         self, frame: Tensor, keys: Collection[str], *, pinned: Mapping[Node, Tensor] | None = None
     ) -> Values:
@@ -133,6 +169,7 @@ class PartlyQuantized:
         keys: Collection[str],
         *,
         pinned: Collection[Node] = (),
+        touched: Collection[str] = (),
     ) -> Values:
         """Return what `run` would with other keys; computes only what changes.
 
@@ -141,13 +178,15 @@ class PartlyQuantized:
             base_keys: the keys of that run.
             keys: the keys now.
             pinned: nodes whose values stay as they are.
+            touched: module paths of layers, and keys of activations, that were replaced since.
         """
         changed = frozenset(base_keys) ^ frozenset(keys)
+        other = {*changed, *touched}
         values: Values = {}
         fresh: set[Node] = set()
         for node in self._order:
-            mine = node in self._weights and weight_key(node) in changed
-            mine = mine or (is_quantize(node) and self._key_of.get(node.args[0]) in changed)
+            mine = node in self._weights and (weight_key(node) in changed or site_of(node).path in touched)
+            mine = mine or self._key_at(node) in other
             if node in pinned or not (mine or any(source in fresh for source in node.all_input_nodes)):
                 values[node] = base[node]
                 continue
@@ -194,11 +233,20 @@ class PartlyQuantized:
             return values[argument_node(node)]
         arguments = map_arg(node.args, values.get)
         keywords = map_arg(node.kwargs, values.get)
+        scale = self._scales.get(self._key_at(node))
+        if scale is not None:
+            arguments = (arguments[0], scale, *arguments[2:])
         if node in self._weights:
             weights = self._weights[node][0 if weight_key(node) in keys else 1]
             arguments = (arguments[0], *weights, *arguments[1 + len(weights) :])
         with torch.no_grad():
             return node.target(*arguments, **keywords)  # type: ignore[operator]
+
+    def _key_at(self, node: Node) -> str:
+        """Return the key of the activation that a node quantizes or dequantizes; empty for any other node."""
+        if is_quantize(node):
+            return self._key_of[argument_node(node)]
+        return self._key_of[argument_node(argument_node(node))] if is_dequantize(node) else ""
 
     def _is_off(self, node: Node, values: Values, keys: Collection[str]) -> bool:
         """Tell whether a quantizer is to be left out, or a dequantizer has nothing to do after one that was."""
