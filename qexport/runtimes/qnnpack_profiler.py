@@ -64,7 +64,8 @@ _KINDS: dict[str, Kind] = {
         "reformat",
     ),
     **dict.fromkeys(
-        ("quantized::add", "quantized::add_relu", "quantized::mul", "quantized::mul_relu"), "elementwise"
+        ("quantized::add_out", "quantized::add_relu_out", "quantized::mul", "quantized::mul_relu"),
+        "elementwise",
     ),
     **dict.fromkeys(("aten::add", "aten::sub", "aten::mul", "aten::div"), "elementwise"),
 }
