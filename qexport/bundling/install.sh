@@ -28,7 +28,7 @@ and runs `qexport verify`. PyTorch only where it is the runtime; nothing outside
   --torch-index URL
                    where PyTorch is taken from, if it is the runtime: PyTorch's own index of CPU wheels, or one that
                    you trust. Without it pip's usual index is asked, whose torch for 64-bit Arm is a CUDA build of
-                   about 450 MB. Default: the variable QEXPORT_TORCH_INDEX
+                   454 MB with CUDA's libraries on top. Default: the variable QEXPORT_TORCH_INDEX
   --video          also what reads video files and cameras (PyAV)
   --no-verify      install only
   --dry-run        print the commands, run none
@@ -143,7 +143,7 @@ EOF
     run "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --index-url "$torch_index" "$@" ||
         fail "$FAILED" "pip could not install $* from $torch_index, which --torch-index or QEXPORT_TORCH_INDEX names. What pip says is above"
 elif [ "$with_torch" = 1 ] && [ -z "$wheels" ] && [ "$machine" = aarch64 ]; then
-    say "PyTorch comes from pip's usual index: for this processor a CUDA build of about 450 MB. A CPU build is smaller: --torch-index"
+    say "PyTorch comes from pip's usual index: for this processor a CUDA build of 454 MB, with CUDA's libraries on top. A CPU build is smaller and enough: --torch-index"
 fi
 pip_install "$here/${wheel}[$extra]" ||
     fail "$FAILED" "pip could not install qexport[$extra] on this machine: $machine, Python $version. What pip says is above. Where it finds no matching distribution, there is no wheel of the runtime for this processor and Python (or none in --wheels): try another Python with --python. Where it says externally managed or no space, --venv takes another folder. Without a network: --wheels"
