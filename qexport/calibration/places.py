@@ -14,6 +14,8 @@ from qexport.quantization.graph import IMAGE_KEY, base_of, op_name, site_of
 
 _JOINING = ("add", "mul", "cat")
 """What a functional module (FloatFunctional, AIMET's Add) computes."""
+_NORM_OUTPUTS = ("batch_norm", "add#1")
+"""Operators whose output is a BatchNorm's: a traced FrozenBatchNorm2d adds epsilon first, and its bias last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,11 @@ class _Site:
     path: str
     call: int
     op: str
-    """Empty for a BatchNorm, which is folded."""
     key: str
     rank: int
     before_norm: bool = False
     """The operator computes what the BatchNorm reads, which is not the tensor."""
+    is_norm: bool = False
 
 
 class Places:
@@ -80,7 +82,7 @@ class Places:
             Found(site.key, site.rank)
             for site in self._outputs[entry.path]
             if entry.call in (None, site.call)
-            and (not entry.op or site.op in ("", entry.op))
+            and entry.op in ("", site.op, *(_NORM_OUTPUTS if site.is_norm else ()))
             and not (site.before_norm and not includes)
         ]
 
@@ -120,7 +122,7 @@ class Places:
         norm = self._norms.get(site.path) if base is node else None
         yield _Site(site.path, site.call, op, key, 1 if base is node else 3, before_norm=norm is not None)
         if norm is not None:
-            yield _Site(norm, site.call, "", key, 2)
+            yield _Site(norm, site.call, "", key, 2, is_norm=True)
 
     def _note_input(self, node: Node, keys: Mapping[str, str], quantized: set[str]) -> None:
         """Note what a node reads, looking through the observer in between."""

@@ -15,7 +15,8 @@ import torch
 from conftest import Frame
 from qat_cases import CASES, FX, Case, artifact_scales, scale_in
 from torch import nn
-from torchvision_detectors import FRAME_PX, texture
+from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision_detectors import FRAME_PX, build_single_level, texture
 
 from qexport.calibration.checkpoints import QatCheckpoint, format_of, read_checkpoint
 from qexport.calibration.claims import norm_factor
@@ -196,3 +197,30 @@ def test_own_table_of_another_detector_raises(
     path = save_encodings(demo_encodings, tmp_path / "encodings.json")
     with pytest.raises(CheckpointError, match="scales are of another detector"):
         encodings_from_checkpoint(small_static, read_checkpoint(path, demo.module), [])
+
+
+def test_weights_quantized_before_a_frozen_batch_norm_keep_their_codes(tmp_path: Path) -> None:
+    detector = build_single_level()
+    norm = detector.backbone[1]
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    frozen.load_state_dict(norm.state_dict())
+    frozen.weight[::2] *= -1  # a negative factor turns the codes around
+    detector.backbone[1] = frozen
+    weight = detector.backbone[0].weight.detach()
+    amax = weight.abs().amax((1, 2, 3), keepdim=True)
+    state = dict(detector.state_dict())
+    for layer in (0, 3):
+        state[f"backbone.{layer}.input_quantizer._amax"] = torch.tensor(2.5)
+        own = detector.backbone[layer].weight.detach()
+        state[f"backbone.{layer}.weight_quantizer._amax"] = own.abs().amax((1, 2, 3), keepdim=True)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pt", detector)
+    assert dict(checkpoint.norms) == {"backbone.0": "backbone.1"}
+    static = make_static(detector, frame_px=FRAME_PX)
+    encodings = encodings_from_checkpoint(static, checkpoint, [texture(0).numpy()])
+    graph = quantize(static, encodings).graph
+    node = next(node for node in graph.graph.nodes if op_name(node) == "conv2d")
+    codes = constant_of(graph, node.args[1].args[0])
+    trained = torch.clamp(torch.round(weight * (127 / amax)), -128, 127)
+    sign = frozen.weight.sign().reshape(-1, 1, 1, 1)
+    assert int((codes != trained * sign).sum()) <= 1  # a value that lies on the edge of two codes
