@@ -121,9 +121,10 @@ class Claims:
 
 def norm_factor(norm: nn.Module) -> Tensor:
     """Return what folding a BatchNorm multiplies a convolution's weight by, (channels,) float32."""
-    variance, eps = norm.running_var, norm.eps
-    assert isinstance(variance, Tensor) and isinstance(norm.weight, Tensor) and isinstance(eps, float)
-    return (norm.weight * torch.rsqrt(variance + eps)).detach()
+    variance, eps, weight = norm.running_var, norm.eps, norm.weight
+    assert isinstance(variance, Tensor) and isinstance(eps, float)  # of a BatchNorm that tracks, as detectors' do
+    factor = torch.rsqrt(variance + eps)
+    return (factor * weight if isinstance(weight, Tensor) else factor).detach()
 
 
 def _misfit(largest: Tensor, scale: Tensor) -> float:
