@@ -122,7 +122,7 @@ class Claims:
 def norm_factor(norm: nn.Module) -> Tensor:
     """Return what folding a BatchNorm multiplies a convolution's weight by, (channels,) float32."""
     variance, eps, weight = norm.running_var, norm.eps, norm.weight
-    assert isinstance(variance, Tensor) and isinstance(eps, float)  # of a BatchNorm that tracks, as detectors' do
+    assert isinstance(variance, Tensor) and isinstance(eps, float)  # detectors' BatchNorms track
     factor = torch.rsqrt(variance + eps)
     return (factor * weight if isinstance(weight, Tensor) else factor).detach()
 
