@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Options:
     batch: int
     learning_rate: float
     seed: int
+    weight_decay: float = 0.02
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)  # sums are added in one order only on one thread
     torch.use_deterministic_algorithms(True)
     started = time.monotonic()
-    detector = train(options, console)
+    detector = train(build, options, console)
     console.print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes")
     save_half(detector, options.out)
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
@@ -84,15 +86,17 @@ def parse_options() -> Options:
     )
 
 
-def train(options: Options, console: Console) -> nn.Module:
-    """Return the demo detector trained from random weights, in eval mode."""
+def train(make: Callable[[], nn.Module], options: Options, console: Console) -> nn.Module:
+    """Return the detector that `make` returns, trained on scenes of its own, in eval mode."""
     drawn = track(range(options.images), "drawing", console=console)
     scenes = [draw_scene(TRAINING_SEED, index) for index in drawn]
     torch.manual_seed(options.seed)
     random = np.random.Generator(np.random.PCG64(options.seed))
-    detector: nn.Module = build()
+    detector = make()
     detector.train()
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=options.learning_rate, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(
+        detector.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     order: list[int] = []
     recent: list[float] = []
