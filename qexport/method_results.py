@@ -11,8 +11,8 @@ import msgspec
 
 from qexport.results import Interval, LatencyStats, Machine
 
-MethodName = Literal["dynamic", "activations"]
-METHODS: tuple[MethodName, ...] = ("dynamic", "activations")
+MethodName = Literal["dynamic", "activations", "ptq"]
+METHODS: tuple[MethodName, ...] = ("dynamic", "activations", "ptq")
 FLOAT = "fp32"
 """The row that the others are compared with: the detector as it came, in PyTorch."""
 
@@ -40,7 +40,7 @@ class MethodsReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     detector_sha256: str
     rows_sha256: str
-    """Of the encodings that `activations` takes."""
+    """Of the encodings that `activations` takes, and that `ptq` stands beside."""
     dataset: str
     dataset_sha256: str
     split: str

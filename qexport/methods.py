@@ -1,6 +1,6 @@
 """The run's detector by other methods of quantization, for the table that compares methods.
 
-    RUN/detections/dynamic.json, activations.json
+    RUN/detections/dynamic.json, activations.json, ptq.json
     RUN/methods.json            size and mAP of each, beside float
     RUN/methods_latency.json    latency of those that have kernels
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from qexport import steps
 from qexport.errors import QexportError, RunFolderError
-from qexport.files import read_json, write_json
+from qexport.files import read_json, sha256_json, write_json
 from qexport.method_results import FLOAT, METHODS, MethodName, MethodsLatency, MethodsReport
 from qexport.work import Work
 
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from qexport.benchmarks.detect import Detect
     from qexport.benchmarks.methods import Method
+    from qexport.quantization.reference import QuantizedDetector
 
 REPORT, LATENCY = "methods.json", "methods_latency.json"
 _DYNAMIC: MethodName = "dynamic"
+_PTQ: MethodName = "ptq"
 _EAGER = "eager"
 
 
@@ -91,12 +93,43 @@ class _Forms:
 
         return dynamic_linears(self.eager)
 
+    @cached_property
+    def calibrated(self) -> QuantizedDetector:
+        """The same weights with scales that are calibrated on images, whatever the run's come from."""
+        from qexport.calibration.calibrator import calibrate  # noqa: PLC0415 - torch begins here
+        from qexport.quantization.reference import quantize  # noqa: PLC0415
+
+        subject, settings = self._work.subject, self._work.settings
+        samples = subject.calibration_samples()
+        with self._work.progress("calibrate ptq", len(samples)) as step:
+            encodings = calibrate(
+                subject.static,
+                subject.inputs(samples),
+                observer=settings.observer,
+                percentile=settings.percentile,
+                keep_float=settings.keep_float,
+                on_image=step,
+            )
+        return quantize(subject.static, encodings)
+
+    def identity(self, method: MethodName) -> list[str | None]:
+        """Return digests of what a method's detections are made of."""
+        folder, settings = self._work.folder, self._work.settings
+        weights = [folder.record.weights_sha256, folder.digest("detector.json")]
+        if method == _PTQ:
+            images = self._work.subject.calibration_samples()
+            how = [settings.observer, settings.percentile, settings.keep_float, settings.seed, len(images)]
+            return [*weights, sha256_json([self._work.subject.calibration.sha256, *how])]
+        return weights if method == _DYNAMIC else [*weights, self._work.encodings.rows_sha256]
+
     def open(self, method: MethodName) -> AbstractContextManager[Detect]:
         """Open what detects by a method."""
         from qexport.benchmarks import detect  # noqa: PLC0415 - torch begins here
         from qexport.benchmarks.methods import eager_dynamic  # noqa: PLC0415
         from qexport.quantization.float_weights import with_float_weights  # noqa: PLC0415
 
+        if method == _PTQ:
+            return detect.reference(self.calibrated)
         if method == _DYNAMIC:
             return eager_dynamic(replace(self._work.subject.loaded, module=self.dynamic))
         return detect.reference(with_float_weights(self._work.quantized))
@@ -108,6 +141,9 @@ class _Forms:
         described: dict[MethodName, Callable[[], Method]] = {
             "dynamic": lambda: known.describe_dynamic(self.eager, self.dynamic),
             "activations": lambda: known.describe_activations(self.eager),
+            "ptq": lambda: known.describe_ptq(
+                self.eager, self.calibrated, len(self._work.subject.calibration_samples())
+            ),
         }
         return [known.describe_float(self.eager), *(described[name]() for name in methods)]
 
@@ -118,10 +154,9 @@ def _report(work: Work, methods: Sequence[MethodName], forms: _Forms) -> Methods
 
     folder, dataset = work.folder, work.subject.evaluation
     weights = [folder.record.weights_sha256, folder.digest("detector.json")]
-    identities = {"dynamic": weights, "activations": [*weights, work.encodings.rows_sha256]}
     found = {_EAGER: steps.detect_split(work, _EAGER, weights, lambda: eager(work.subject.loaded))}
     for name in methods:
-        found[name] = steps.detect_split(work, name, identities[name], partial(forms.open, name))
+        found[name] = steps.detect_split(work, name, forms.identity(name), partial(forms.open, name))
 
     def write() -> None:
         with work.progress("compare methods", 1) as step:

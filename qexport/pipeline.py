@@ -355,6 +355,8 @@ def run_all(
 ) -> Outcome:
     """Run every stage that is not complete; `methods` are other ways to quantize, to compare with."""
     check_targets(targets, whole_run=True)
+    if work.settings.qat and "ptq" not in methods:
+        methods = [*methods, "ptq"]  # what the same weights are worth without their own scales
     check_methods(methods)
     calibrate(work)
     gates: list[Gate] = []

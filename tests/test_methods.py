@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_fixtures import copied, place
 from conftest import Frame
 from torch import nn
 
+from qexport import pipeline
 from qexport.benchmarks import detect
 from qexport.benchmarks.methods import (
     describe_activations,
@@ -22,7 +25,8 @@ from qexport.benchmarks.methods import (
     time_methods,
 )
 from qexport.detectors.load import LoadedDetector
-from qexport.errors import QexportError
+from qexport.errors import QexportError, RunFolderError
+from qexport.files import read_json
 from qexport.method_results import FLOAT
 from qexport.methods import check_methods
 from qexport.quantization.float_weights import with_float_weights
@@ -30,6 +34,9 @@ from qexport.quantization.graph import is_dequantize, op_name
 from qexport.quantization.local import Recorder
 from qexport.quantization.quantizer import WEIGHTED
 from qexport.quantization.reference import QuantizedDetector
+from qexport.results import AccuracyReport
+
+__all__ = ["copied", "place"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +156,20 @@ def test_time_methods_runs_both_in_turns_and_warns_of_nothing(
 
 def test_check_methods_names_what_there_is() -> None:
     assert check_methods(["activations", "dynamic"]) == ("activations", "dynamic")
-    with pytest.raises(QexportError, match="no method 'static'; there is dynamic, activations, and static"):
+    with pytest.raises(
+        QexportError, match="no method 'static'; there is dynamic, activations, ptq, and static"
+    ):
         check_methods(["static"])
     with pytest.raises(QexportError, match="dynamic is given more than once"):
         check_methods(["dynamic", "dynamic"])
+
+
+def test_ptq_of_a_run_without_checkpoint_is_its_own_reference(copied: Path) -> None:
+    report, latency = pipeline.compare_methods(pipeline.resume(Path("mine")), ["ptq"], runs=1, warmup=0)
+    accuracy = read_json(Path("mine/accuracy.json"), AccuracyReport, RunFolderError)
+    reference = next(each for each in accuracy.subjects if each.subject == "reference")
+    row = report.rows[1]
+    assert row.method == "ptq"
+    assert (row.voc_map50, row.coco_map) == (reference.voc_map50, reference.coco_map)
+    assert row.size_bytes < report.rows[0].size_bytes / 2
+    assert latency is None

@@ -24,10 +24,11 @@ from qexport.detections import Detections
 from qexport.detectors.load import LoadedDetector
 from qexport.errors import QexportError, TargetUnavailable
 from qexport.method_results import FLOAT, MethodRow, MethodsLatency, MethodsReport
+from qexport.quantization.reference import QuantizedDetector
 from qexport.results import Accuracy
 from qexport.samples import Dataset
 
-DYNAMIC, ACTIVATIONS = "dynamic", "activations"
+DYNAMIC, ACTIVATIONS, PTQ = "dynamic", "activations", "ptq"
 _ENGINES = ("x86", "fbgemm", "qnnpack")
 """PyTorch's integer kernels for linears, those first that PyTorch itself would take on this processor."""
 
@@ -122,6 +123,14 @@ def describe_activations(detector: nn.Module) -> Method:
         "feature maps; weights float32",
         "PyTorch, reference",
         state_bytes(detector),
+    )
+
+
+def describe_ptq(detector: nn.Module, quantized: QuantizedDetector, images: int) -> Method:
+    """Return the detector with weights and feature maps quantized by scales that were calibrated on images."""
+    saved = state_bytes(detector) - 3 * sum(codes.size for codes in quantized.weight_codes())
+    return Method(
+        PTQ, f"weights and feature maps, calibrated on {images} images", "PyTorch, reference", saved
     )
 
 

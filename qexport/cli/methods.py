@@ -20,8 +20,9 @@ Methods: TypeAlias = Annotated[
         metavar="NAME",
         rich_help_panel="Other methods of quantization",
         help="Quantize the detector by this method too and compare: [bold]dynamic[/bold], linears alone, by PyTorch; "
-        "[bold]activations[/bold], feature maps alone, weights float. What qexport exports is static, and always in "
-        "the table. May be given several times.",
+        "[bold]activations[/bold], feature maps alone, weights float; [bold]ptq[/bold], scales calibrated on "
+        "images, to stand beside a QAT checkpoint's own (a run with --qat has it by itself). What qexport exports "
+        "is static, and always in the table. May be given several times.",
         show_default=False,
     ),
 ]

@@ -75,8 +75,9 @@ def _static(run: RunResults, one: TargetResults) -> MethodLine:
     found, eager = subjects.get(one.target), subjects.get("eager")
     profile = one.profiles[0] if one.profiles else None
     return MethodLine(
-        method="static",
-        what="weights and feature maps",
+        method="QAT" if run.record.settings.qat else "static",
+        what="weights and feature maps"
+        + (", the checkpoint's own scales" if run.record.settings.qat else ""),
         runs_in=f"target {one.target}",
         size_bytes=one.complexity.artifact_bytes if one.complexity else None,
         stats=profile.whole.get("artifact") if profile else None,
