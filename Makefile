@@ -20,7 +20,7 @@ test: $(INSTALLED) ## Check style, types and import layers, then run the tests (
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## Run every test.
 	$(BIN)/pytest
