@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from qexport.errors import UnsupportedOperator
+from qexport.plugins.qnnpack.addition import write_sum
 from qexport.plugins.qnnpack.modules import float_module, packed_weight, quantized_module
 from qexport.plugins.qnnpack.names import PartNames, where, whole_stage
 from qexport.plugins.qnnpack.operators import FORMS, facts_of, shape_of
@@ -155,29 +156,15 @@ class Lowering:
         return self._parts.module(self._names.layer(site), module, self._codes[source])
 
     def _binary(self, node: Node, scale: float, *, relu: bool) -> Node:
-        """Write a sum or product of codes.
-
-        A sum is written by PyTorch's own kernel, which rounds halves to even as every other runtime does that has
-        floating point inside; QNNPACK's rounds them up, 60 values of a million in a detector.
-        """
-        sources = [source for source in map(self._behind, node.args[:2]) if source is not None]
-        codes, owner = tuple(self._codes[source] for source in sources), self._owner(node)
-        name = op_name(node) + ("_relu" if relu else "")
+        codes = [self._codes[source] for source in map(self._behind, node.args[:2]) if source is not None]
+        owner = self._owner(node)
         if op_name(node) == "mul":
-            kernel = getattr(torch.ops.quantized, name).default
-            return self._parts.call(owner, kernel, (*codes, scale, ZERO_POINT))
-        shape = shape_of(node)
-        result = self._parts.call(
-            owner,
-            torch.ops.aten._empty_affine_quantized.default,
-            (list(shape),),
-            scale=scale,
-            zero_point=ZERO_POINT,
-            dtype=torch.quint8,
-            memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format,
+            kernel = torch.ops.quantized.mul_relu if relu else torch.ops.quantized.mul
+            return self._parts.call(owner, kernel.default, (*codes, scale, ZERO_POINT))
+        scales = [scale_of(argument_node(node, place)) for place in (0, 1)]
+        return write_sum(
+            self._parts, owner, codes, scales=scales, scale=scale, shape=shape_of(node), relu=relu
         )
-        kernel = getattr(torch.ops.quantized, f"{name}_out").default
-        return self._parts.call(owner, kernel, (*codes, result))
 
     def _saturate(self, owner: str, value: Node, low: float | None, high: float | None, scale: float) -> Node:
         """Write an activation that saturates at numbers, on codes: limits round to codes as values do."""

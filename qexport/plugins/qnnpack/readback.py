@@ -29,6 +29,7 @@ from qexport.runtimes.qnnpack_program import CALL, Program
 
 _QUANTIZED = "quantized::"
 _DEQUANTIZE, _QUANTIZE = "aten::dequantize", "aten::quantize_per_tensor"
+_REFORMATS = frozenset({_DEQUANTIZE, _QUANTIZE, "aten::_make_per_tensor_quantized_tensor"})
 
 
 class ReadFile:
@@ -132,7 +133,7 @@ def _decide(file: ReadFile, base: Node, tensor: str) -> LayerDecision:
         reason = (
             f"{op} of tensors of several shapes, or of scales that are too far apart: computed in float32"
         )
-    computing = [kind for kind in kinds if kind not in (_DEQUANTIZE, _QUANTIZE)]
+    computing = [kind for kind in kinds if kind not in _REFORMATS]
     own = [kind for kind in computing if not kind.startswith("aten::")]
     kernels = tuple(dict.fromkeys(own or computing))
     return LayerDecision(
@@ -142,7 +143,7 @@ def _decide(file: ReadFile, base: Node, tensor: str) -> LayerDecision:
         kernels=kernels,
         integer=integer,
         reason=reason,
-        reformats=sum(kind in (_DEQUANTIZE, _QUANTIZE) for kind in kinds),
+        reformats=sum(kind in _REFORMATS for kind in kinds),
     )
 
 
