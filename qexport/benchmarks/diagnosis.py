@@ -65,7 +65,8 @@ def diagnose(
     examined = _Examined(quantized, partly, frames)
     table = encodings.by_key()
     images = encodings.calibration.get("images", 0)
-    cuts = str(encodings.calibration.get("observer", "")).startswith("percentile")  # values are cut on purpose
+    # A percentile cuts values on purpose.
+    cuts = str(encodings.calibration.get("observer", "")).startswith("percentile")
     few = isinstance(images, int) and images < FEW_IMAGES and not cuts
     suspects = []
     for row in loudest:
