@@ -1,10 +1,10 @@
-"""A detector that int8 is hard on: a MobileNetV2 trunk under the demo's FPN, RPN and box head.
+"""A detector with what int8 is said to be hard on: a MobileNetV2 trunk under the demo's FPN, RPN and box head.
 
     qexport run --model tools/hard_case.py:build --weights hard.pt --data scenes --target onnx --out runs/hard
 
 Depthwise layers do not mix channels: BatchNorm is free to make each as wide or as narrow as it likes, while one
 scale has to hold them all, and the blocks end without an activation that would bound them.
-`tools/train_hard_case.py` trains it.
+`tools/train_hard_case.py` trains it; docs/accuracy.md has what int8 cost it.
 """
 
 from __future__ import annotations

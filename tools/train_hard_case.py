@@ -1,4 +1,4 @@
-"""Train the detector of `hard_case.py`, on one CPU core in about ten minutes, and write its weights in half precision.
+"""Train the detector of `hard_case.py`, about seven minutes of one CPU core, and write its weights in half precision.
 
     python tools/train_hard_case.py --out hard.pt
     qexport run --model tools/hard_case.py:build --weights hard.pt --data scenes --target onnx --out runs/hard
@@ -39,7 +39,7 @@ def main() -> None:
 
 def parse_options() -> Options:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Train the detector that int8 is hard on.")
+    parser = argparse.ArgumentParser(description="Train the detector with the MobileNetV2 trunk.")
     parser.add_argument("--out", type=Path, required=True, help="weights file")
     parser.add_argument("--images", type=int, default=800, help="training scenes (%(default)s)")
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (%(default)s)")
