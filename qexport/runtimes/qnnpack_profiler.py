@@ -64,7 +64,13 @@ _KINDS: dict[str, Kind] = {
         "reformat",
     ),
     **dict.fromkeys(
-        ("quantized::add_out", "quantized::add_relu_out", "quantized::mul", "quantized::mul_relu"),
+        (
+            "quantized::add",
+            "quantized::add_out",
+            "quantized::add_relu_out",
+            "quantized::mul",
+            "quantized::mul_relu",
+        ),
         "elementwise",
     ),
     **dict.fromkeys(("aten::add", "aten::sub", "aten::mul", "aten::div"), "elementwise"),

@@ -161,9 +161,16 @@ class Lowering:
         if op_name(node) == "mul":
             kernel = torch.ops.quantized.mul_relu if relu else torch.ops.quantized.mul
             return self._parts.call(owner, kernel.default, (*codes, scale, ZERO_POINT))
-        scales = [scale_of(argument_node(node, place)) for place in (0, 1)]
+        summands = [argument_node(node, place) for place in (0, 1)]
         return write_sum(
-            self._parts, owner, codes, scales=scales, scale=scale, shape=shape_of(node), relu=relu
+            self._parts,
+            owner,
+            codes,
+            shapes=[shape_of(each) for each in summands],
+            scales=[scale_of(each) for each in summands],
+            scale=scale,
+            shape=shape_of(node),
+            relu=relu,
         )
 
     def _saturate(self, owner: str, value: Node, low: float | None, high: float | None, scale: float) -> Node:

@@ -29,7 +29,7 @@ from qexport.runtimes.qnnpack_program import CALL, Program
 
 _QUANTIZED = "quantized::"
 _DEQUANTIZE, _QUANTIZE = "aten::dequantize", "aten::quantize_per_tensor"
-_REFORMATS = frozenset({_DEQUANTIZE, _QUANTIZE, "aten::_make_per_tensor_quantized_tensor"})
+_REFORMATS = frozenset({_DEQUANTIZE, _QUANTIZE})
 
 
 class ReadFile:

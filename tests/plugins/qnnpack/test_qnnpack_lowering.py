@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from qexport.errors import UnsupportedOperator
-from qexport.plugins.qnnpack.addition import rounds_alike, write_sum
 from qexport.plugins.qnnpack.lowering import Lowering
-from qexport.plugins.qnnpack.parts import Parts
 from qexport.quantization.graph import export_graph, scale_of
-from qexport.runtimes.qnnpack_library import quiet
 from qexport.runtimes.qnnpack_program import module_of
 
 MAP = (1, 8, 12, 10)
@@ -112,15 +109,14 @@ INTEGER: dict[str, tuple[Case, str]] = {
     "linear": (case(nn.Linear(20, 6), (3, 20)), "quantized::linear"),
     "linear and relu": (case(nn.Sequential(nn.Linear(20, 6), nn.ReLU()), (3, 20)), "quantized::linear_relu"),
     "linear of cells": (case(ChannelsLast(), MAP), "quantized::linear"),
-    "add": (case(torch.add, MAP, MAP, scales=UNEQUAL), "quantized::add_out"),
+    "add": (case(torch.add, MAP, MAP, scales=UNEQUAL), "quantized::add"),
     "add and relu": (of_sum(F.relu), "quantized::add_relu_out"),
-    "add to channels last": (case(Mixed(torch.add), MAP, MAP), "quantized::add_out"),
-    "add of channels last": (case(Mixed(torch.add, last=True), MAP, MAP), "quantized::add_out"),
+    "add to channels last": (case(Mixed(torch.add), MAP, MAP), "quantized::add"),
+    "add of channels last": (case(Mixed(torch.add, last=True), MAP, MAP), "quantized::add"),
     "product of channels last": (case(Mixed(torch.mul), MAP, (1, 8, 1, 1)), "quantized::mul"),
     "add of one number a channel": (case(torch.add, MAP, (1, 8, 1, 1), scales=UNEQUAL), "quantized::add_out"),
-    "add of rows": (case(torch.add, (5, 9), (5, 9), scales=UNEQUAL), "quantized::add_out"),
+    "add of rows": (case(torch.add, (5, 9), (5, 9), scales=UNEQUAL), "quantized::add"),
     "add of scales far apart": (case(torch.add, MAP, MAP, scales=(1.0, 1e-6)), "quantized::add_out"),
-    "add of halves": (case(torch.add, MAP, MAP), "quantized::add_out"),
     "product": (case(torch.mul, MAP, MAP), "quantized::mul"),
     "product with one number a channel": (case(torch.mul, MAP, (1, 8, 1, 1)), "quantized::mul"),
     "max pool": (of_sum(lambda x: F.max_pool2d(x, 3, 2, 1)), "aten::max_pool2d"),
@@ -198,47 +194,6 @@ def test_operator_without_an_integer_kernel_says_why(name: str, lowered: Lowered
     assert not layer.integer
     assert "float32" in layer.reason
     assert layer.reformats == len(FLOAT[name].shapes) + 1
-
-
-RATIOS = [
-    (1 / 32, 1 / 32, 1 / 16),
-    (0.07440185546875, 0.0372009, 0.1488),
-    (0.02, 0.5, 0.4),
-    (0.3, 0.6, 1.2),
-    (0.1, 0.05, 0.0123),
-]
-
-
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("scales", RATIOS)
-def test_sum_of_every_two_codes_is_what_onnx_runtime_computes(
-    scales: tuple[float, float, float], relu: bool
-) -> None:
-    first, second, scale = scales
-    codes = torch.arange(256, dtype=torch.uint8)
-    a, b = codes.repeat_interleave(256), codes.repeat(256)
-    parts = Parts()
-    halves = [
-        parts.call("test", torch.ops.aten.slice.Tensor, (parts.given, 0, place * 65536, (place + 1) * 65536))
-        for place in (0, 1)
-    ]
-    made = [
-        parts.call("test", torch._make_per_tensor_quantized_tensor, (half, own, 128))
-        for half, own in zip(halves, (first, second), strict=True)
-    ]
-    total = write_sum(parts, "test", made, scales=(first, second), scale=scale, shape=(65536,), relu=relu)
-    whole, _ = parts.finish([total], {})
-    with quiet():
-        (found,) = whole(torch.cat([a, b]))
-    ratios = torch.tensor([first / scale, second / scale])
-    wanted = torch.round((a.float() - 128) * ratios[0] + (b.float() - 128) * ratios[1]).clamp(-128, 127)
-    assert found.q_scale() == scale
-    assert torch.equal(found.int_repr().float() - 128, wanted.clamp(min=0) if relu else wanted)
-
-
-def test_sum_is_copied_under_other_scales_only_where_that_rounds_otherwise() -> None:
-    assert rounds_alike(1 / 32, 1 / 32, 1 / 16)
-    assert not rounds_alike(0.02, 0.5, 0.4)
 
 
 def test_layer_called_twice_has_a_part_for_each_call_and_one_weight(lowered: Lowered) -> None:
