@@ -83,7 +83,8 @@ def test_every_command_of_the_guide_stands_there_with_options_that_it_has(
         assert re.search(r"dataset|model\.py|runs/\w+", answer.err), words  # which are not here
 
 
-@pytest.mark.slow  # it exports three times and trains once
+@pytest.mark.slow  # it exports four times and trains once
+@pytest.mark.timeout(1800)
 def test_commands_of_the_guide_bring_a_collapsed_detector_back(collapsing: Path) -> None:
     run, sensitivity, mend, mended, *rest = commands()
 
