@@ -4,11 +4,13 @@
     RUN/mended/mended.json    what each means gave
 
 The means are taken one after another, each on what the one before left: channels equalised, scales decided anew,
-rounding learned, biases corrected. The signal to noise at the heads' outputs is measured on images that no means saw.
+rounding learned, biases corrected. The signal to noise at the heads' outputs is measured on images that no means saw,
+and a means that loses is left out.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +45,8 @@ class MeansResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Signal to noise at the heads' outputs after it."""
     changed: str
     """What it changed, in words."""
+    kept: bool
+    """Whether it is in the checkpoint; a means that loses is not."""
 
 
 class MendReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,18 +86,27 @@ def mend(work: Work, means: Sequence[Means], *, images: int) -> tuple[MendReport
     frames = list(work.subject.inputs(samples[:seen]))
     held_out = list(work.subject.inputs(samples[seen : 2 * seen]))
     mending = _Mending(work, frames, held_out)
-    results = [MeansResult(means="none", sqnr_db=mending.sqnr_db(), changed="")]
+    best = mending.sqnr_db()
+    results = [MeansResult(means="none", sqnr_db=best, changed="", kept=True)]
     for each in MEANS:
-        if each in means:
-            changed = mending.apply(each)
-            results.append(MeansResult(means=each, sqnr_db=mending.sqnr_db(), changed=changed))
+        if each not in means:
+            continue
+        before = mending.state()
+        changed = mending.apply(each)
+        found = mending.sqnr_db()
+        results.append(MeansResult(means=each, sqnr_db=found, changed=changed, kept=found >= best))
+        if found >= best:
+            best = found
+        else:
+            mending.restore(before)
     report = MendReport(
         encodings_sha256=work.encodings.rows_sha256,
         images=seen,
         held_out=len(held_out),
         results=tuple(results),
     )
-    path = mending.save(work.path / FOLDER / "mended.pt", means)
+    kept = [result.means for result in results[1:] if result.kept]
+    path = mending.save(work.path / FOLDER / "mended.pt", kept)
     write_json(work.path / FOLDER / "mended.json", report)
     return report, path
 
@@ -109,7 +122,6 @@ class _Mending:
         self._work, self._frames, self._held_out = work, frames, held_out
         self._pairs = folded_pairs(work.subject.static)
         self._folded = fold_batch_norm(work.subject.static)
-        self._changes: dict[str, Tensor] = {}
         self.static: StaticDetector = work.subject.static
         self.encodings: Encodings = work.encodings
 
@@ -122,6 +134,14 @@ class _Mending:
         }
         return steps[means]()
 
+    def state(self) -> tuple[StaticDetector, StaticDetector, Encodings]:
+        """Return what a means changes, for `restore`."""
+        return copy.deepcopy(self._folded), self.static, self.encodings
+
+    def restore(self, state: tuple[StaticDetector, StaticDetector, Encodings]) -> None:
+        """Undo what was done since `state`."""
+        self._folded, self.static, self.encodings = state
+
     def sqnr_db(self) -> float:
         """Return the signal to noise at the heads' outputs on the images that were held out."""
         from qexport.benchmarks.sensitivity import measure_noise  # noqa: PLC0415 - torch begins here
@@ -132,7 +152,7 @@ class _Mending:
         _, db = measure_noise(quantized, PartlyQuantized(quantized), [], self._held_out)
         return float("inf") if db is None else db
 
-    def save(self, path: Path, means: Sequence[Means]) -> Path:
+    def save(self, path: Path, means: Sequence[str]) -> Path:
         """Write the checkpoint."""
         from qexport.training.state import save_result  # noqa: PLC0415 - torch begins here
 

@@ -152,6 +152,10 @@ def test_mend_writes_a_checkpoint_that_a_run_takes_with_the_very_scales(copied: 
         assert means in answer.out
     report = read_json(Path("mine/mended/mended.json"), mending.MendReport, RunFolderError)
     assert [result.means for result in report.results] == ["none", *mending.MEANS]
+    best = report.results[0].sqnr_db
+    for result in report.results[1:]:  # what loses is left out
+        assert result.kept == (result.sqnr_db >= best)
+        best = max(best, result.sqnr_db)
     begun = call(
         "inspect", "--qat", "mine/mended/mended.pt", "--model", "demo", "--data", "data", "--out", "new"
     )
