@@ -21,6 +21,8 @@ from qexport.runtimes.runner import NOWHERE, KernelTime, ProfiledRun
 _METHOD, _DELEGATE, _KERNEL = "Method::execute", "DELEGATE_CALL", "OPERATOR_CALL"
 _SETUP = "XNNPACK setup"
 _CLAMP = "Clamp"
+_TABLE = "Invalid Unary Op"
+"""XNNPACK's name of a step that looks codes up in a table."""
 _NAMES: dict[str, tuple[str, ...]] = {
     "add": ("Add",),
     "average pool": ("Average Pooling", "Global Average Pooling"),
@@ -198,19 +200,26 @@ def match(nodes: Sequence[TableNode], names: Sequence[str]) -> list[int] | None:
     where it can, and makes one of two changes of shape.
     """
     found: list[int] = []
-    place = 0
-    for number, node in enumerate(nodes):
-        fits = place < len(names) and names[place].startswith(_NAMES.get(node.kind, ("?",)))
-        if not fits and node.kind in _MAY_VANISH and number:
-            continue
-        if not fits:
-            return None
-        found.append(number)
-        place += 1
-        if node.clamped and place < len(names) and names[place].startswith(_CLAMP):
+    place = number = 0
+    while number < len(nodes):
+        node = nodes[number]
+        if place < len(names) and names[place].startswith(_TABLE) and node.kind == "convert":
+            # From codes to codes by a function of one value: XNNPACK looks every code up.
+            found.append(number + 1)
+            number = next(
+                (at for at in range(number + 1, len(nodes)) if nodes[at].kind == "convert"), len(nodes)
+            )
+            place += 1
+        elif place < len(names) and names[place].startswith(_NAMES.get(node.kind, ("?",))):
             found.append(number)
             place += 1
-    return found if place == len(names) else None
+            if node.clamped and place < len(names) and names[place].startswith(_CLAMP):
+                found.append(number)
+                place += 1
+        elif not (node.kind in _MAY_VANISH and number):
+            return None
+        number += 1
+    return found if place == len(names) and max(found, default=0) < len(nodes) else None
 
 
 def kind_of_kernel(kernel: str) -> Kind:

@@ -204,7 +204,7 @@ class _GraphOf:
         self._method, self._handles = method, handles
         self._nodes: dict[tuple[int, int], Node] = {}
         self._calls: dict[Kernel, Node] = {}
-        self._stored: dict[Constant, Node] = {}
+        self._stored: dict[tuple[Constant, Segment | None], Node] = {}
 
     def write(self, scheduled: Sequence[Segment | Kernel]) -> GraphModule:
         for number, value in enumerate(self._method.steps.inputs):
@@ -221,7 +221,7 @@ class _GraphOf:
 
     def _segment(self, segment: Segment) -> None:
         given = [self._find(value) for value in segment.inputs]
-        held = [self._find(value) for value in segment.constants]
+        held = [self._constant(value.maker, segment) for value in segment.constants]
         program = describe(segment, self._handles)
         call = self._graph.call_function(torch.ops.qexport.xnnpack_segment.default, (given, held, program))
         for place, value in enumerate(segment.outputs):
@@ -230,7 +230,7 @@ class _GraphOf:
     def _find(self, value: Value) -> Node:
         maker = value.maker
         if isinstance(maker, Constant):
-            return self._constant(maker)
+            return self._constant(maker, None)
         if isinstance(maker, Kernel) and not maker.several:
             return self._calls[maker]
         identity = _identity(value)
@@ -240,12 +240,14 @@ class _GraphOf:
             self._nodes[identity] = self._graph.call_function(operator.getitem, (call, value.place))
         return self._nodes[identity]
 
-    def _constant(self, maker: Constant) -> Node:
-        if maker not in self._stored:
+    def _constant(self, maker: object, owner: Segment | None) -> Node:
+        """Return a constant; each segment has its own, which ExecuTorch asks for: their data is stored once."""
+        assert isinstance(maker, Constant)
+        if (maker, owner) not in self._stored:
             name = f"constant_{len(self._stored)}"
             self._root.register_buffer(name, maker.tensor)
-            self._stored[maker] = self._graph.get_attr(name)
-        return self._stored[maker]
+            self._stored[maker, owner] = self._graph.get_attr(name)
+        return self._stored[maker, owner]
 
 
 def _identity(value: Value) -> tuple[int, int]:

@@ -21,7 +21,6 @@ MOVING: dict[str, Moving] = {
     "max_pool2d": shapes.max_pool2d,
     "permute": shapes.permute,
     "relu": shapes.relu,
-    "relu6": shapes.relu6,
     "reshape": shapes.view,
     "select": shapes.select,
     "slice": shapes.cut,

@@ -25,8 +25,10 @@ from qexport.quantization.graph import argument_node
 
 TURNS = 6
 """That are written out; chains of suppressions on real images are this long."""
-PIECE_VALUES = 2**16
-"""Of the matrix, computed at a time: a quarter of a MiB."""
+MATRIX_VALUES = 2**24
+"""Of the matrices that are held at a time: 64 MiB."""
+PIECE_VALUES = 2**17
+"""Of the matrix, computed at a time: half a MiB."""
 _STEEP = 2.0**126
 """Takes every difference of two float32 beyond 1, if it is not subnormal."""
 _TINY = 2.0**-100
@@ -73,19 +75,49 @@ def nms_mask(lowering: Lowering, node: Node) -> Held:
     groups, number = scores.shape
     # torchvision compares in double: above the threshold is above the largest float32 that is not.
     threshold = _at_most(float(str(node.args[3])))
-    sides = _transposed_sides(xnnpack, boxes)
-    matrices = [
-        _matrix(xnnpack, [xnnpack.cut(side, 0, group, group + 1) for side in (*sides, scores)], threshold)
-        for group in range(groups)
-    ]
-    matrix = xnnpack.reshape(xnnpack.concatenate(matrices, 0), (groups, number, number))
-    start = build.reshape(build.cast(valid, np.float32), [groups, number, 1])
+    sides = _sides(xnnpack, boxes)
+    places = _Places(build, number)
+    alive = build.reshape(build.cast(valid, np.float32), [groups, number, 1])
+    each = max(1, MATRIX_VALUES // number**2)
+    kept: list[Value] = []
+    for first in range(0, groups, each):
+        last = min(first + each, groups)
+        nothing = _nothing(build, kept[-1]) if kept else None
+        lowering.steps.part = f"groups from {first}" if each < groups else ""
+        ranks = scores if nothing is None else xnnpack.binary("add", scores, nothing)
+        matrices = [
+            _matrix(
+                xnnpack,
+                [xnnpack.cut(side, 0, group, group + 1) for side in (*sides, ranks)],
+                places,
+                threshold,
+            )
+            for group in range(first, last)
+        ]
+        matrix = xnnpack.reshape(xnnpack.concatenate(matrices, 0), (last - first, number, number))
+        lowering.steps.part = ""
+        kept.append(_kept(build, matrix, build.slice(alive, [first], [last], [0])))
+    return Held.plain(build.concat(kept, 0) if len(kept) > 1 else kept[0])
+
+
+def _nothing(build: KernelBuilder, after: Value) -> Value:
+    """Return zero, (1, 1), that is known only after another value is.
+
+    ExecuTorch does everything as soon as it can, and would hold all matrices. And what its branches return lies in one
+    place: the next one may not begin before that is read.
+    """
+    one = build.cast(build.slice(after, [0, 0], [1, 1], [0, 1]), np.float32)
+    return build.call(torch.mul, one, 0.0)
+
+
+def _kept(build: KernelBuilder, matrix: Value, start: Value) -> Value:
+    """Return which boxes of several groups survive, (G, N) bool."""
     kept = before = start
     for _ in range(TURNS):
         before, kept = kept, build.call(_turn, matrix, start, kept)
     settled = build.call(_settled, before, matrix, start, kept)
     # Compared first: what a branch returns is moved into its place, where a view of it would not look.
-    return Held.plain(build.reshape(build.call(torch.gt, settled, 0.5), [groups, number]))
+    return build.reshape(build.call(torch.gt, settled, 0.5), matrix.shape[:2])
 
 
 def _at_most(number: float) -> float:
@@ -93,7 +125,7 @@ def _at_most(number: float) -> float:
     return float(nearest if float(nearest) <= number else np.nextafter(nearest, np.float32(-np.inf)))
 
 
-def _transposed_sides(xnnpack: SegmentBuilder, boxes: Value) -> list[Value]:
+def _sides(xnnpack: SegmentBuilder, boxes: Value) -> list[Value]:
     """Return left, top, right, bottom and area of each box, (G, N) each."""
     groups, number, _ = boxes.shape
     turned = xnnpack.transpose(boxes, (2, 0, 1))
@@ -106,24 +138,38 @@ def _transposed_sides(xnnpack: SegmentBuilder, boxes: Value) -> list[Value]:
     return [left, top, right, bottom, xnnpack.binary("multiply", width, height)]
 
 
-def _matrix(xnnpack: SegmentBuilder, columns: Sequence[Value], threshold: float) -> Value:
+class _Places:
+    """Numbers of boxes, as constants that are stored once."""
+
+    def __init__(self, build: KernelBuilder, number: int) -> None:
+        self._build = build
+        self.row = build.constant(np.arange(number)[None], np.float32)
+        """(1, N)"""
+        self._columns: dict[int, Value] = {}
+
+    def column(self, first: int, last: int) -> Value:
+        """Return a range of them, (last - first, 1)."""
+        if first not in self._columns:
+            self._columns[first] = self._build.constant(np.arange(first, last)[:, None], np.float32)
+        return self._columns[first]
+
+
+def _matrix(xnnpack: SegmentBuilder, columns: Sequence[Value], places: _Places, threshold: float) -> Value:
     """Return whether the box of the column suppresses that of the row, (N, N) of 0 and 1.
 
     Args:
         xnnpack: to write with.
         columns: left, top, right, bottom, area and score of the boxes of a group, (1, N) each.
+        places: of the boxes.
         threshold: of the overlap.
     """
     number = columns[0].shape[1]
-    places = np.arange(number, dtype=np.float32)
-    place = xnnpack.steps.constant(torch.from_numpy(places.reshape(1, -1)))
     each = max(1, PIECE_VALUES // number)
     pieces = []
     for first in range(0, number, each):
         last = min(first + each, number)
         rows = [xnnpack.reshape(xnnpack.cut(one, 1, first, last), (last - first, 1)) for one in columns]
-        own = xnnpack.steps.constant(torch.from_numpy(places[first:last].reshape(-1, 1)))
-        better = _better(xnnpack, (rows[5], own), (columns[5], place))
+        better = _better(xnnpack, (rows[5], places.column(first, last)), (columns[5], places.row))
         pieces.append(xnnpack.binary("multiply", _overlap(xnnpack, rows, columns, threshold), better))
     return xnnpack.concatenate(pieces, 0)
 
@@ -148,7 +194,7 @@ def _overlap(
     return xnnpack.binary("multiply", above, xnnpack.number(_STEEP), limits=(0.0, 1.0))
 
 
-def _better(xnnpack: SegmentBuilder, own: tuple[Value, Value], other: tuple[Value, Value]) -> Value:
+def _better(xnnpack: SegmentBuilder, own: Sequence[Value], other: Sequence[Value]) -> Value:
     """Return whether the box of the column ranks before that of the row; of equal ones the earlier.
 
     Args:

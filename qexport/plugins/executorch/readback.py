@@ -17,6 +17,7 @@ from qexport.plugins.executorch.emission import Written
 from qexport.plugins.executorch.held import Held
 from qexport.plugins.executorch.program_file import XNNPACK, FileNode, FileValue, ProgramFile, Subgraph
 from qexport.plugins.executorch.steps import Node as SegmentNode
+from qexport.plugins.executorch.steps import Value
 from qexport.quantization.graph import IMAGE_KEY, argument_node, base_of, op_name
 from qexport.quantization.quantizer import SHAPE_ONLY, UNARY, WEIGHTED
 from qexport.runtimes.executorch_table import FORWARD
@@ -78,13 +79,14 @@ def read_back(
     """
     reader = _Reader(written, encodings)
     wrong, decisions = [], []
+    first: dict[Value, str] = {}
     kept_float = {(row.path, row.call) for row in encodings.float_rows}
     for key, node in quantize_nodes.items():
         wrong += reader.wrong_scale(key, held[key])
         op = op_name(base_of(argument_node(node)))
         if key == IMAGE_KEY or op in SHAPE_ONLY or _site(key) in kept_float:
             continue
-        decision = reader.decide(key, op, held[key])
+        decision = reader.decide(key, op, held[key], first.setdefault(held[key].value, key))
         decisions.append(decision)
         if not decision.integer and not decision.reason:
             wrong.append(f"{key}: {', '.join(decision.kernels)} is no integer kernel of XNNPACK")
@@ -141,9 +143,18 @@ class _Reader:
             f"{key}: {value.datatype} of scale {value.scale}, the encodings say int8 of {expected}, zero point 0"
         ]
 
-    def decide(self, key: str, op: str, held: Held) -> LayerDecision:
-        """Return how a layer is computed."""
+    def decide(self, key: str, op: str, held: Held, first: str) -> LayerDecision:
+        """Return how a layer is computed.
+
+        Args:
+            key: of what it computes.
+            op: the operator.
+            held: where that is.
+            first: the first key of the same tensor: another one where the layer changes nothing.
+        """
         path, call = _site(key)
+        if first != key:
+            return LayerDecision(path=path, call=call, op=op, kernels=(f"none: {first}",), integer=True)
         place = key.replace("@0/", "/").partition("/")[0]
         if op in _INSIDE:
             return LayerDecision(
@@ -169,7 +180,9 @@ class _Reader:
         weights = {
             key.removesuffix("/weight"): row for key, row in self._rows.items() if key.endswith("/weight")
         }
-        keys = {id(one.value.maker): key for key, one in held.items()}
+        keys: dict[int, str] = {}
+        for key, one in held.items():
+            keys.setdefault(id(one.value.maker), key)
         wrong = []
         for identity, handle in self._written.handles.items():
             found = self._nodes[handle]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from qexport.plugins.executorch.steps import Constant, Kernel, Node, Region, Steps, Value, values_in
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Segment:
     """An XNNPACK subgraph."""
 
@@ -71,13 +71,16 @@ class _Schedule:
 
     def _close(self, segment: Segment) -> None:
         """Find what a segment reads from outside."""
+        inputs: dict[Value, None] = {}
+        constants: dict[Value, None] = {}
         for node in segment.nodes:
             segment.values.append(self._made[node])
             for value in node.inputs:
                 own = isinstance(value.maker, Node) and value.maker.region == segment.region
-                held = segment.constants if isinstance(value.maker, Constant) else segment.inputs
-                if not own and value not in held:
-                    held.append(value)
+                if not own:
+                    (constants if isinstance(value.maker, Constant) else inputs)[value] = None
+        segment.inputs += inputs
+        segment.constants += constants
 
     def _find_outputs(self) -> None:
         """Find which values of a segment something outside reads."""

@@ -39,9 +39,14 @@ def view(lowering: Lowering, node: Node, ask: Ask) -> Held:
 
 
 def _reshape(lowering: Lowering, node: Node, value: Value, shape: Sequence[int]) -> Value:
-    if lowering.in_xnnpack(node):
+    if _in_xnnpack(lowering, node, value):
         return lowering.xnnpack.reshape(value, shape)
     return lowering.kernels.reshape(value, shape)
+
+
+def _in_xnnpack(lowering: Lowering, node: Node, value: Value) -> bool:
+    """Tell whether XNNPACK moves a value: it knows real values and codes, no ranks and no truth values."""
+    return lowering.in_xnnpack(node) and value.dtype in ("float32", "int8")
 
 
 def permute(lowering: Lowering, node: Node, ask: Ask) -> Held:
@@ -54,7 +59,7 @@ def permute(lowering: Lowering, node: Node, ask: Ask) -> Held:
     if source.layout == "plain" and order == _MAP_AXES:
         return Held.map(source.value)
     plain = as_plain(lowering.xnnpack, source)
-    if lowering.in_xnnpack(node):
+    if _in_xnnpack(lowering, node, plain):
         return Held.plain(lowering.xnnpack.transpose(plain, order))
     return Held.plain(lowering.kernels.transpose(plain, order))
 
@@ -79,7 +84,7 @@ def cut(lowering: Lowering, node: Node, ask: Ask) -> Held:
     held = Held.map if source.layout == "map" else Held.plain
     value = source.value if source.layout == "map" else as_plain(lowering.xnnpack, source)
     stored = _MAP_AXES[axis] if source.layout == "map" else axis
-    if not lowering.in_xnnpack(node):
+    if not _in_xnnpack(lowering, node, value):
         return held(lowering.kernels.slice(value, [start], [end], [stored], [step]))
     first, last, _ = slice(start, end).indices(value.shape[stored])
     return held(lowering.xnnpack.every(lowering.xnnpack.cut(value, stored, first, last), stored, step))
@@ -107,7 +112,7 @@ def concatenate(lowering: Lowering, node: Node, ask: Ask) -> Held:
     values = [source.value if maps else as_plain(lowering.xnnpack, source) for source in sources]
     axis %= len(sources[0].shape)
     held, stored = (Held.map, _MAP_AXES[axis]) if maps else (Held.plain, axis)
-    if lowering.in_xnnpack(node):
+    if _in_xnnpack(lowering, node, values[0]):
         return held(lowering.xnnpack.concatenate(values, stored))
     return held(lowering.kernels.concat(values, stored))
 
@@ -192,12 +197,6 @@ def relu(lowering: Lowering, node: Node, ask: Ask) -> Held:
     """Write values, at least zero."""
     source = ask(argument_node(node))
     return source.with_value(lowering.xnnpack.clamp(source.value, (0.0, None)))
-
-
-def relu6(lowering: Lowering, node: Node, ask: Ask) -> Held:
-    """Write values, at least zero and at most six."""
-    source = ask(argument_node(node))
-    return source.with_value(lowering.xnnpack.clamp(source.value, (0.0, 6.0)))
 
 
 def _pair(node: Node, place: int, default: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ class SegmentBuilder:
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
+        self._numbers: dict[float, Value] = {}
 
     def convert(self, value: Value, scale: float | None) -> Value:
         """Return int8 codes of real values, or real values of codes where no scale is given."""
@@ -54,7 +55,9 @@ class SegmentBuilder:
 
     def number(self, number: float) -> Value:
         """Return a number as a tensor of one element."""
-        return self.steps.constant(torch.tensor([number], dtype=torch.float32))
+        if number not in self._numbers:
+            self._numbers[number] = self.steps.constant(torch.tensor([number], dtype=torch.float32))
+        return self._numbers[number]
 
     # Layers
 
