@@ -205,6 +205,7 @@ class _GraphOf:
         self._nodes: dict[tuple[int, int], Node] = {}
         self._calls: dict[Kernel, Node] = {}
         self._stored: dict[tuple[Constant, Segment | None], Node] = {}
+        self._registered: set[Constant] = set()
 
     def write(self, scheduled: Sequence[Segment | Kernel]) -> GraphModule:
         for number, value in enumerate(self._method.steps.inputs):
@@ -245,7 +246,10 @@ class _GraphOf:
         assert isinstance(maker, Constant)
         if (maker, owner) not in self._stored:
             name = f"constant_{len(self._stored)}"
-            self._root.register_buffer(name, maker.tensor)
+            # torch.export knows one tensor under one name, whatever it was registered as.
+            tensor = maker.tensor.clone() if maker in self._registered else maker.tensor
+            self._root.register_buffer(name, tensor)
+            self._registered.add(maker)
             self._stored[maker, owner] = self._graph.get_attr(name)
         return self._stored[maker, owner]
 
