@@ -6,9 +6,9 @@ their factors. No choice agrees with both of those everywhere, so this one was m
 sums alone, PyTorch's for those with a ReLU. Four forms were tried on 8 images of the blood cell detector (either kernel
 for all, PyTorch's with scales over the result's, this one); values that differ, per million of all convolutions,
 linears and sums, from ONNX Runtime and from TFLite: 11.6 and 6.5, 10.8 and 18.5, 11.0 and 18.3, 9.8 and 5.8. On 24
-other images, by eights, this one has 8.4 to 8.9 and 5.5 to 5.7; QNNPACK's alone 9.6 to 10.5 from ONNX Runtime, PyTorch's
-alone 9.6 to 10.6 from it and 15.7 to 16.9 from TFLite. That is one detector with one table of scales: which sums lie
-halfway depends on the scales, so another may come out otherwise. None is more than a step from the reference.
+other images, by eights, this one has 8.4 to 8.9 and 5.5 to 5.7; QNNPACK's alone 9.6 to 10.5 from ONNX Runtime,
+PyTorch's alone 9.6 to 10.6 from it and 15.7 to 16.9 from TFLite. That is one detector with one table of scales: which
+sums lie halfway depends on the scales, so another may come out otherwise. None is more than a step from the reference.
 """
 
 from __future__ import annotations
