@@ -37,7 +37,7 @@ class ExecutorchRunner(ForcedRunner, ProfilingRunner):
         self._methods = {}
         try:
             self._check_ports()
-        except ArtifactError:
+        except BaseException:
             self.close()
             raise
         self._timeline = Timeline(self._opened.table, self.path)

@@ -8,6 +8,7 @@ an error, never a guess.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,13 @@ def read_events(path: Path) -> list[list[Event]]:
     Raises:
         TargetUnavailable: ExecuTorch's own reader is not there.
     """
-    try:
-        reader: Any = importlib.import_module("executorch.devtools.etdump.serialize")
-    except ImportError as error:
-        raise TargetUnavailable(f"ExecuTorch's reader of its traces is not there: {error}") from error
-    dump = reader.deserialize_from_etdump_flatcc(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of functions that Python will drop
+        try:
+            reader: Any = importlib.import_module("executorch.devtools.etdump.serialize")
+        except ImportError as error:
+            raise TargetUnavailable(f"ExecuTorch's reader of its traces is not there: {error}") from error
+        dump = reader.deserialize_from_etdump_flatcc(path.read_bytes())
     runs = []
     for run in dump.run_data:
         noted = [event.profile_event for event in run.events or () if event.profile_event is not None]
