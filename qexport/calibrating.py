@@ -46,7 +46,7 @@ def decide_encodings(work: Work) -> Encodings:
             strict=settings.strict,
             observer=settings.observer,
             percentile=settings.percentile,
-            keep_float=settings.keep_float,
+            keep_float=subject.keep_float,
             notes={"qat sha256": sha256_file(checkpoint.path), **notes},
             on_image=step,
         )

@@ -43,7 +43,14 @@ class Subject:
             split=self.evaluation.split,
             calibration_split=self.calibration.split,
             frame_px=self.frame_px,
+            keep_float=self.keep_float,
         )
+
+    @property
+    def keep_float(self) -> tuple[str, ...]:
+        """Patterns of module paths that stay float: the user's, else those that the checkpoint's table has."""
+        checkpoint = self.checkpoint
+        return self.settings.keep_float or (checkpoint.keep_float if checkpoint is not None else ())
 
     @cached_property
     def loaded(self) -> LoadedDetector:
@@ -95,7 +102,7 @@ class Subject:
         """The layers of the static form, and what will become of each."""
         from qexport.quantization.inspection import inspect_layers  # noqa: PLC0415 - torch begins here
 
-        return inspect_layers(self.static, keep_float=self.settings.keep_float)
+        return inspect_layers(self.static, keep_float=self.keep_float)
 
     @cached_property
     def evaluation(self) -> Dataset:

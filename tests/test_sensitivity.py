@@ -206,3 +206,15 @@ def test_split_that_is_not_there_is_refused(copied: Path) -> None:
     work = pipeline.resume(Path("mine"))
     with pytest.raises(QexportError, match="validate"):
         measure_sensitivity(work, target=None, grain="stage", split="validate", max_drop=None)
+
+
+def test_table_with_float_rows_enters_a_run_with_them(copied: Path) -> None:
+    assert call("calibrate", "mine", "--keep-float", "backbone.body.layer1").code == 0
+    words = ("--qat", "mine/encodings.json", "--model", "demo", "--data", "data", "--out", "new")
+    answer = call("inspect", *words)
+    assert answer.code == 0, answer.err
+    assert call("calibrate", "new").code == 0
+    kept, taken = (load_encodings(Path(run) / "encodings.json") for run in ("mine", "new"))
+    assert taken.keep_float == ("backbone.body.layer1",)
+    assert {row.key for row in taken.rows} == {row.key for row in kept.rows}
+    assert {row.path for row in taken.float_rows} == {row.path for row in kept.float_rows}

@@ -62,6 +62,7 @@ def _checkpoint(name: str, content: Content, detector: Detector, encodings: Enco
         detector.norms,
         detector.modules,
         detector_sha256=encodings.detector_sha256,
+        keep_float=encodings.keep_float,
     )
 
 

@@ -62,6 +62,8 @@ class QatCheckpoint:
     """What the user should know, in sentences."""
     detector_sha256: str = ""
     """Fingerprint of the detector that the scales belong to, where the format has one."""
+    keep_float: tuple[str, ...] = ()
+    """Patterns of module paths that stay float, where the format has them."""
 
 
 def check_scales(
