@@ -175,7 +175,9 @@ def detections_kept(report: VerifyReport) -> bool:
 
 def versions_here(target: str) -> dict[str, str]:
     """Return what this machine runs a target with."""
-    modules = [name for need in find_target(target).needs["run"] for name in need.split("|")]
+    modules = [
+        name.partition(".")[0] for need in find_target(target).needs["run"] for name in need.split("|")
+    ]
     return {
         "machine": platform.machine(),
         "python": platform.python_version(),

@@ -84,7 +84,7 @@ esac
 [ -z "$wheels" ] || [ -d "$wheels" ] || fail "$UNUSABLE" "--wheels $wheels: no such folder"
 
 case $extra in
-    qnnpack-runtime*) with_torch=1 ;;
+    qnnpack-runtime* | executorch*) with_torch=1 ;;
     *) with_torch=0 ;;
 esac
 case $torch_index in
@@ -119,7 +119,7 @@ pip_install() {
 
 # What the bundle's qexport asks of PyTorch, as its wheel says it, a line each.
 torch_requirements() {
-    "$python" - "$here/$wheel" <<'PYTHON'
+    "$python" - "$here/$wheel" "${extra%%,*}" <<'PYTHON'
 import sys, zipfile
 
 with zipfile.ZipFile(sys.argv[1]) as wheel:
@@ -127,8 +127,9 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
     lines = wheel.read(name).decode().splitlines()
 for line in lines:
     what, _, of = line.partition(";")
-    if what.startswith("Requires-Dist:") and "qnnpack-runtime" in of:
-        print(what.split(":", 1)[1].strip())
+    asked = what.partition(":")[2].strip()
+    if what.startswith("Requires-Dist:") and sys.argv[2] in of and asked.startswith("torch"):
+        print(asked)
 PYTHON
 }
 

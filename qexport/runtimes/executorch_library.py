@@ -127,8 +127,6 @@ def _import_runtime() -> Any:
         with warnings.catch_warnings(), _log():
             warnings.filterwarnings("ignore", message="This API is experimental")
             library = importlib.import_module("executorch.extension.pybindings.portable_lib")
-            # Its kernels of quantized operators are registered by being imported.
-            importlib.import_module("executorch.kernels.quantized")
     except ImportError as error:
         raise TargetUnavailable(f"ExecuTorch is not installed ({error}). Install: {INSTALL}") from error
     return library
