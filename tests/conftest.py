@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from qexport.detectors.demo.scenes import HEIGHT, WIDTH, draw_scene
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from qexport.detectors.static import StaticDetector
     from qexport.encodings import Encodings
     from qexport.quantization.reference import QuantizedDetector
+
+# The same examples in every run; `pytest --hypothesis-profile default` draws new ones.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
 
 Frame = NDArray[np.uint8]
 BCCD = Path(__file__).parents[2] / "shared"

@@ -292,7 +292,7 @@ def test_evaluate_unusable_dataset_raises_error() -> None:
         evaluate(dataset_of([Box(1, NEAR)]), {"eager": [found((NEAR, 0.5, 2))]}, max_drop=0.01)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_average_precision_any_detections_stays_between_zero_and_one(seed: int) -> None:
     dataset, answers = random_case(seed, images=5)
@@ -309,7 +309,7 @@ def test_average_precision_any_detections_stays_between_zero_and_one(seed: int) 
         assert ((values[known] >= 0) & (values[known] <= 1)).all()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_average_precision_does_not_depend_on_the_order(seed: int) -> None:
     dataset, answers = random_case(seed, images=5)
@@ -336,7 +336,7 @@ def test_average_precision_does_not_depend_on_the_order(seed: int) -> None:
         np.testing.assert_array_equal(average_precision(one, one.whole), average_precision(two, two.whole))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     boxes=st.lists(
         st.tuples(st.integers(1, 3), st.integers(0, 9), st.integers(0, 9)),

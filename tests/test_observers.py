@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def clip_of(observer: MagnitudeHistogram) -> float:
 
 
 @given(batches)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_min_max_scale_restores_every_value_within_half_a_step(values: list[list[float]]) -> None:
     seen = [torch.tensor(batch, dtype=torch.float32) for batch in values]
     scale = float(watch("min-max", *seen).scale())
@@ -51,7 +51,8 @@ def test_min_max_scale_restores_every_value_within_half_a_step(values: list[list
 
 
 @given(batches, st.sampled_from(("percentile", "mse")))
-@settings(deadline=None, max_examples=60)
+@example([[1.0], [2.0]], "percentile")
+@settings(max_examples=60)
 def test_histogram_whose_range_doubled_counts_as_if_it_had_been_that_wide(
     values: list[list[float]], method: ObserverName
 ) -> None:
@@ -63,12 +64,12 @@ def test_histogram_whose_range_doubled_counts_as_if_it_had_been_that_wide(
         assert int(observer.counts[0]) == magnitudes.size
         return
     assert math.log2(observer.range).is_integer()
-    places = np.minimum((magnitudes * BINS / observer.range).astype(np.int64), BINS - 1)
+    places = (magnitudes * BINS / observer.range).astype(np.int64)
     np.testing.assert_array_equal(observer.counts.numpy(), np.bincount(places, minlength=BINS))
 
 
 @given(batches, st.sampled_from(METHODS))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scale_is_positive_and_never_beyond_the_largest_value(
     values: list[list[float]], method: ObserverName
 ) -> None:
@@ -79,10 +80,10 @@ def test_scale_is_positive_and_never_beyond_the_largest_value(
 
 
 def test_percentile_leaves_out_the_outliers_that_it_says() -> None:
-    values = torch.cat([torch.linspace(0, 1, 9_900), torch.full((100,), 64.0)])
+    values = torch.cat([torch.linspace(0, 1, 9_900), torch.full((100,), 60.0)])
     assert clip_of(watch("percentile", values, percentile=99.0)) == pytest.approx(1.0, rel=0.02)
-    assert clip_of(watch("percentile", values, percentile=99.5)) == pytest.approx(64.0, rel=0.001)
-    assert clip_of(watch("percentile", values, percentile=100.0)) == pytest.approx(64.0, rel=0.001)
+    assert clip_of(watch("percentile", values, percentile=99.5)) == pytest.approx(60.0, rel=0.001)
+    assert clip_of(watch("percentile", values, percentile=100.0)) == pytest.approx(60.0, rel=0.001)
 
 
 def test_mse_clips_a_lone_outlier_and_keeps_an_even_spread() -> None:

@@ -69,7 +69,8 @@ class Preset(SymmetricObserver):
 class MagnitudeHistogram(SymmetricObserver):
     """Histogram of absolute values in constant memory; the clipping value is chosen at the end.
 
-    The range doubles when a value falls outside it and pairs of bins are merged, so counts stay exact.
+    The range is a power of two above every value. It doubles when a value reaches it and pairs of bins are merged,
+    so counts stay exact.
     """
 
     def __init__(self, *, method: ObserverName, percentile: float, **spec: object) -> None:
@@ -95,8 +96,8 @@ class MagnitudeHistogram(SymmetricObserver):
             self.counts[0] += magnitude.numel()
             return x
         if self.range == 0.0:
-            self.range = 2.0 ** math.ceil(math.log2(self.largest))
-        while self.largest > self.range:
+            self.range = math.ldexp(1.0, math.frexp(self.largest)[1])
+        while self.largest >= self.range:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.range *= 2

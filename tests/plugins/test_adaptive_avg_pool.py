@@ -50,7 +50,7 @@ def _outputs(inputs: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(1, min(inputs, 64)), st.just(inputs))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(pools(), st.sampled_from(sorted(RUNTIMES)), st.sampled_from((3, 256, 25_600)))
 def test_plan_of_any_size_is_exact_within_the_limits(sizes: tuple[Pair, Pair], name: str, maps: int) -> None:
     check(plan(*sizes, costs=RUNTIMES[name], maps=maps), name)

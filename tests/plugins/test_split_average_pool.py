@@ -60,7 +60,7 @@ def test_exported_adaptive_pool_equals_torch(size: tuple[int, int], output: Any,
     np.testing.assert_allclose(run(model, x.numpy()), expected, rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(sorted(COSTS)), st.data())
 def test_placeholder_of_any_size_equals_torch(
     rows: int, columns: int, name: str, data: st.DataObject
