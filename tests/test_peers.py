@@ -14,6 +14,7 @@ from qexport.benchmarks.eager_profile import infer_eager
 from qexport.benchmarks.latency import summarise
 from qexport.benchmarks.machine import describe_machine
 from qexport.benchmarks.peers import Peer, export_torchvision, quantize_recipe, ratio_of_medians
+from qexport.cross_results import CrossPair, CrossReport, CrossSum
 from qexport.detectors.demo.scenes import HEIGHT, WIDTH, draw_scene
 from qexport.detectors.load import load_detector
 from qexport.errors import ExportError
@@ -97,7 +98,23 @@ def _row(order: int, path: str, kind: Kind, artifact_ms: float) -> LayerLatency:
         kind=kind,
         kernels=("QLinearConv",),
         artifact_ms=artifact_ms,
+        eager_ms=4 * artifact_ms,
     )
+
+
+def _crossed() -> CrossReport:
+    """Two targets of which 2 of a million values of convolutions differ, and 50 of adds."""
+    convolutions = CrossSum(values=5_000_000, differing=10, max_step=1)
+    adds = CrossSum(values=1_000_000, differing=50, max_step=1)
+    pair = CrossPair(
+        first="onnx",
+        second="tflite",
+        layers=(),
+        kinds={"convolution": convolutions, "elementwise": adds},
+        promised=CrossSum(values=6_000_000, differing=60, max_step=1),
+        parts_at="backbone.body.conv1",
+    )
+    return CrossReport(encodings_sha256="0" * 64, images=8, split="test", targets=(), pairs=(pair,), gates=())
 
 
 def test_bench_page_shows_ratios_largest_rows_and_parity(bench_report: ModuleType) -> None:
@@ -134,20 +151,31 @@ def test_bench_page_shows_ratios_largest_rows_and_parity(bench_report: ModuleTyp
         dataset="scenes",
         frames=8,
         artifact_sha256="0" * 64,
-        parity=(Gate(name="layer parity", passed=False, measured="6 steps", limit="at most 1 step"),),
+        parity=(
+            Gate(
+                name="layer parity", passed=False, measured="6 steps", limit="at most 1 step", subject="onnx"
+            ),
+        ),
         machine=describe_machine(),
         turns=(turns,),
-        sizes_bytes={"qexport": 28_900_000},
+        sizes=(
+            bench_report.Size(name="quantize_static", bytes=29_000_000),
+            bench_report.Size(name="qexport onnx", bytes=28_900_000, fp32_bytes=113_600_000),
+        ),
+        crossed=_crossed(),
         accuracy=None,
     )
     page = bench_report.as_markdown(bench)
     assert "8 frames of 320x240" in page
-    assert "layer parity FAILED (6 steps)" in page
+    assert "onnx layer parity FAILED (6 steps)" in page
     assert "## Latency, 2 threads" in page
     assert (
         "| quantize_static | 20.0 | 18.0 | 21.6 | 1.6 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in page
     )
     assert "| trunk | 6.00 | 60.0 |" in page
-    assert "`roi_heads.box_roi_pool` (roi_align, 2.50 ms), `roi_heads.box_head.fc6`" in page
+    assert "Convolutions and linears: 7.0 ms, in eager 28.0 ms: 4.00 times faster." in page
+    assert "`roi_heads.box_roi_pool` (roi_align, 2.50 ms: QLinearConv), `rpn.proposals` (nms, 0.50 ms" in page
     assert "95.5 % of a profiled run" in page
-    assert "| qexport | 28.9 |" in page
+    assert "| quantize_static | 29.0 |  |  |" in page
+    assert "| qexport onnx | 28.9 | 113.6 | 1/3.93 |" in page
+    assert "| onnx, tflite | 2.00 |  | 50.00 |  | 10.00 | 1 |" in page

@@ -6,7 +6,9 @@
 
 All take turns on the same frames, frame in to boxes out: PyTorch eager, torchvision's own ONNX export in ONNX
 Runtime, ONNX Runtime's `quantize_static` of that export, and our artifacts: ONNX in int8, TFLite in int8 and in
-float32. Prints what it finds and writes it to OUT/bench.md and OUT/bench.json.
+float32, ExecuTorch in int8. QNNPACK's file takes part in sizes, mAP and the comparison of every target with every
+other, not in the turns: its kernels are for Arm. Prints what it finds and writes it to OUT/bench.md and
+OUT/bench.json.
 """
 
 from __future__ import annotations
@@ -26,22 +28,27 @@ from bench_report import (
     EAGER,
     FP32_TFLITE,
     OURS,
+    OURS_EXECUTORCH,
     OURS_TFLITE,
     RECIPE,
+    REFERENCE,
     TORCHVISION,
     Bench,
     Profiled,
+    Size,
     Turns,
     as_markdown,
 )
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from qexport import pipeline
+from qexport.artifact import Artifact
 from qexport.benchmarks import detect
 from qexport.benchmarks.accuracy import evaluate
-from qexport.benchmarks.eager_profile import infer_eager, torch_threads
+from qexport.benchmarks.eager_profile import infer_eager, profile_eager, torch_threads
 from qexport.benchmarks.latency import SETTLE_S, interleave, profile_artifact, summarise
 from qexport.benchmarks.latency_rows import build_rows
 from qexport.benchmarks.machine import describe_machine
@@ -53,16 +60,28 @@ from qexport.files import sha256_json, write_bytes, write_json
 from qexport.layers import Layer
 from qexport.pipeline import Work
 from qexport.results import AccuracyReport
+from qexport.runtimes.executorch import ExecutorchRunner
 from qexport.runtimes.onnx import OnnxRunner
+from qexport.runtimes.qnnpack import QnnpackRunner
 from qexport.runtimes.runner import ProfilingRunner
 from qexport.runtimes.tflite import TfliteRunner
 from qexport.settings import Settings
 from qexport.versions import package_versions
 
-TARGET, TFLITE = "onnx", "tflite"
-RUNNERS = {TARGET: OnnxRunner, TFLITE: TfliteRunner}
-ARTIFACTS = {OURS: (TARGET, "int8"), OURS_TFLITE: (TFLITE, "int8"), FP32_TFLITE: (TFLITE, "fp32")}
-"""Target and role of each contender of ours."""
+TARGET, TFLITE, EXECUTORCH, QNNPACK = "onnx", "tflite", "executorch", "qnnpack"
+RUNNERS: dict[str, type[ProfilingRunner]] = {
+    TARGET: OnnxRunner,
+    TFLITE: TfliteRunner,
+    EXECUTORCH: ExecutorchRunner,
+    QNNPACK: QnnpackRunner,
+}
+ARTIFACTS = {
+    OURS: (TARGET, "int8"),
+    OURS_TFLITE: (TFLITE, "int8"),
+    FP32_TFLITE: (TFLITE, "fp32"),
+    OURS_EXECUTORCH: (EXECUTORCH, "int8"),
+}
+"""Target and role of each contender of ours in the turns."""
 
 Frame = NDArray[np.uint8]
 
@@ -122,15 +141,18 @@ def _work(options: argparse.Namespace) -> Work:
     """Return a run that holds an artifact, made now where it is not there."""
     if options.run:
         work = pipeline.resume(options.run)
-        pipeline.export(work, TFLITE)
-        return work
+        return _exported(work)
     model, data = options.model, options.data
     if model is None:
         model, data = "demo", str(options.out / "scenes")
         write_scenes(Path(data))
     work = pipeline.start(options.out / "run", Settings(model=model, weights=options.weights, data=data))
     pipeline.calibrate(work)
-    for target in (TARGET, TFLITE):
+    return _exported(work)
+
+
+def _exported(work: Work) -> Work:
+    for target in RUNNERS:
         pipeline.export(work, target)
     return work
 
@@ -160,7 +182,8 @@ def _peers(work: Work, out: Path, console: Console) -> dict[str, Path]:
 
 
 def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace, console: Console) -> Bench:
-    parity = pipeline.compare(work, TARGET).gates
+    crossed = pipeline.cross(work, tuple(RUNNERS))
+    parity = [gate for target in RUNNERS for gate in pipeline.compare(work, target).gates]
     artifact = work.artifact(TARGET)[0]
     frames = [np.array(frame) for frame in work.subject.frames(work.subject.parity_samples())]
     turns = tuple(
@@ -173,16 +196,14 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
         dataset=work.subject.evaluation.name,
         frames=len(frames),
         artifact_sha256=artifact.sha256,
-        parity=parity,
+        parity=(*parity, *crossed.gates),
         machine=describe_machine(),
         turns=turns,
-        sizes_bytes={
-            **{name: path.stat().st_size for name, path in peers.items()},
-            **{
-                name: work.artifact(target)[0].file(role).size_bytes
-                for name, (target, role) in ARTIFACTS.items()
-            },
-        },
+        sizes=(
+            *(Size(name=name, bytes=path.stat().st_size) for name, path in peers.items()),
+            *(_size(work.artifact(target)[0]) for target in RUNNERS),
+        ),
+        crossed=crossed,
         accuracy=None,
         cost=measure_cost(work, TARGET),
         also=tuple(
@@ -195,6 +216,14 @@ def _measure(work: Work, peers: Mapping[str, Path], options: argparse.Namespace,
             )
             for model in options.also
         ),
+    )
+
+
+def _size(artifact: Artifact) -> Size:
+    return Size(
+        name=f"qexport {artifact.target}",
+        bytes=artifact.file("int8").size_bytes,
+        fp32_bytes=artifact.file("fp32").size_bytes,
     )
 
 
@@ -230,7 +259,11 @@ def _take_turns(
             on_run=lambda: progress.advance(task),
         )
         layers = pipeline.inspect(work).layers
-        profiles = {name: _profile(ours[name], frames[0], layers, options) for name in (OURS, OURS_TFLITE)}
+        profiles = {
+            name: _profile(ours[name], module, frames[0], layers, options)
+            for name, (_, role) in ARTIFACTS.items()
+            if role == "int8"
+        }
     return Turns(
         threads=threads,
         stats={name: summarise(values) for name, values in times.items()},
@@ -242,11 +275,17 @@ def _take_turns(
 
 
 def _profile(
-    runner: ProfilingRunner, frame: Frame, layers: Sequence[Layer], options: argparse.Namespace
+    runner: ProfilingRunner,
+    module: nn.Module,
+    frame: Frame,
+    layers: Sequence[Layer],
+    options: argparse.Namespace,
 ) -> Profiled:
-    profile = profile_artifact(runner, frame, layers, warmup=options.warmup, runs=options.runs)
+    counted = {"warmup": options.warmup, "runs": options.runs}
+    profile = profile_artifact(runner, frame, layers, **counted)
+    eager = profile_eager(module, frame, list(profile.paths), **counted, on_run=lambda: None)
     return Profiled(
-        layers=build_rows(profile.paths, layers, runner.kind_of, eager=None, fp32=None),
+        layers=build_rows(profile.paths, layers, runner.kind_of, eager=eager, fp32=None),
         accounted_share=profile.accounted_share,
     )
 
@@ -264,11 +303,11 @@ def _accuracy(work: Work, peers: Mapping[str, Path], console: Console) -> Accura
     with ExitStack() as stack:
         sources: dict[str, detect.Detect] = {
             EAGER: stack.enter_context(detect.eager(work.subject.loaded)),
+            REFERENCE: stack.enter_context(detect.reference(work.quantized)),
             **{name: Peer(path, threads=1).infer for name, path in peers.items()},
             **{
-                name: stack.enter_context(RUNNERS[target](work.path / target)).infer
-                for name, (target, role) in ARTIFACTS.items()
-                if role == "int8"
+                f"qexport {target}": stack.enter_context(runner(work.path / target)).infer
+                for target, runner in RUNNERS.items()
             },
         }
         progress = stack.enter_context(Progress(console=console, transient=True))

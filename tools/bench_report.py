@@ -9,12 +9,19 @@ from bench_also import Also, also_lines
 from bench_cost import Cost, cost_lines
 
 from qexport.benchmarks.peers import Ratio
-from qexport.layers import STAGES
+from qexport.cross_results import CrossReport
+from qexport.layers import STAGES, Kind
 from qexport.results import AccuracyReport, Gate, LatencyStats, LayerLatency, Machine
 
 # The first is what accuracy is compared with, so it bears the name that qexport.benchmarks.accuracy expects.
 EAGER, TORCHVISION, RECIPE, OURS = "eager", "torchvision ONNX", "quantize_static", "qexport"
 OURS_TFLITE, FP32_TFLITE = "qexport tflite", "qexport tflite fp32"
+OURS_EXECUTORCH = "qexport executorch"
+REFERENCE = "quantized reference"
+
+_DENSE: tuple[Kind, ...] = ("convolution", "linear")
+_NAMED_SHARE = 0.03
+"""What costs more than this share, and is no convolution or linear, is named with its kernels."""
 
 
 class Profiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,6 +45,15 @@ class Turns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """By contender, those of ours."""
 
 
+class Size(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file that runs the detector."""
+
+    name: str
+    bytes: int
+    fp32_bytes: int | None = None
+    """Of the same target's float32 baseline; None: a peer's file, which has none."""
+
+
 class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`bench.json`."""
 
@@ -51,7 +67,9 @@ class Bench(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """No latency without it."""
     machine: Machine
     turns: tuple[Turns, ...]
-    sizes_bytes: dict[str, int]
+    sizes: tuple[Size, ...]
+    crossed: CrossReport
+    """Every target against every other, layer by layer."""
     accuracy: AccuracyReport | None
     cost: Cost | None = None
     also: tuple[Also, ...] = ()
@@ -63,7 +81,8 @@ def as_markdown(bench: Bench) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     height, width = bench.frame_px
     parity = ", ".join(
-        f"{gate.name} {'ok' if gate.passed else 'FAILED'} ({gate.measured})" for gate in bench.parity
+        f"{gate.subject} {gate.name} {'ok' if gate.passed else 'FAILED'} ({gate.measured})"
+        for gate in bench.parity
     )
     lines = [
         f"# {bench.detector}",
@@ -76,9 +95,7 @@ def as_markdown(bench: Bench) -> str:
         lines += ["", *_latency(turns)]
         for name, profiled in turns.profiles.items():
             lines += ["", *_stages(turns, name, profiled)]
-    lines += ["", "## Size", ""]
-    sizes = [[name, f"{size / 1e6:.1f}"] for name, size in bench.sizes_bytes.items()]
-    lines += _table(["file", "MB"], sizes)
+    lines += ["", *_sizes(bench.sizes), "", *_crossed(bench.crossed)]
     if bench.accuracy is not None:
         lines += ["", *_accuracy(bench.accuracy)]
     if bench.cost is not None:
@@ -111,16 +128,59 @@ def _stages(turns: Turns, name: str, profiled: Profiled) -> list[str]:
     for stage in STAGES:
         stage_ms = sum(row.artifact_ms for row in layers if row.stage == stage)
         rows.append([stage, f"{stage_ms:.2f}", f"{100 * stage_ms / whole_ms:.1f}"])
-    others = sorted((row for row in layers if row.kind != "convolution"), key=lambda row: -row.artifact_ms)
-    named = ", ".join(f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms)" for row in others[:2])
+    dense = [row for row in layers if row.kind in _DENSE]
+    dense_ms, eager_ms = (
+        sum(row.artifact_ms for row in dense),
+        sum(row.eager_ms or 0.0 for row in dense),
+    )
+    others = sorted((row for row in layers if row.kind not in _DENSE), key=lambda row: -row.artifact_ms)
+    named = [
+        f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms: {', '.join(row.kernels)})"
+        for row in others
+        if row.artifact_ms > _NAMED_SHARE * whole_ms
+    ]
     return [
         f"### Where {name}'s time goes, {_threads(turns)}",
         "",
         *_table(["stage", "ms", "%"], rows),
         "",
-        f"The largest that are not convolutions: {named}. "
+        f"Convolutions and linears: {dense_ms:.1f} ms, in eager {eager_ms:.1f} ms: "
+        f"{eager_ms / dense_ms:.2f} times faster.",
+        "",
+        f"The others above {100 * _NAMED_SHARE:.0f} %: {', '.join(named) or 'none'}.",
+        "",
         f"Kernels add up to {100 * profiled.accounted_share:.1f} % of a profiled run, less the profiler's own "
         "time between kernels.",
+    ]
+
+
+def _sizes(sizes: Sequence[Size]) -> list[str]:
+    rows = []
+    for size in sizes:
+        fp32 = ["", ""]
+        if size.fp32_bytes is not None:
+            fp32 = [f"{size.fp32_bytes / 1e6:.1f}", f"1/{size.fp32_bytes / size.bytes:.2f}"]
+        rows.append([size.name, f"{size.bytes / 1e6:.1f}", *fp32])
+    return ["## Size", "", *_table(["file", "MB", "fp32, MB", "of fp32"], rows)]
+
+
+def _crossed(report: CrossReport) -> list[str]:
+    rows = []
+    columns: tuple[Kind, ...] = (*_DENSE, "elementwise", "roi_align")
+    for pair in report.pairs:
+        found = [pair.kinds.get(kind) for kind in columns]
+        cells = ["" if kind is None else f"{kind.per_million:.2f}" for kind in found]
+        promised = pair.promised
+        rows.append(
+            [f"{pair.first}, {pair.second}", *cells, f"{promised.per_million:.2f}", str(promised.max_step)]
+        )
+    head = ["", "convolutions", "linears", "adds", "RoIAlign", "the first three", "largest step of them"]
+    return [
+        f"## Every target against every other, {report.images} images",
+        "",
+        "Values of a million that differ, every layer given the integers of the quantized reference.",
+        "",
+        *_table(head, rows),
     ]
 
 
