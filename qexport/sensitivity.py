@@ -26,7 +26,6 @@ from qexport.work import Work
 if TYPE_CHECKING:
     from qexport.benchmarks.sensitivity import Unit
     from qexport.benchmarks.trade_off import Search
-    from qexport.quantization.partial import PartlyQuantized
 
 FOLDER = "sensitivity"
 REPORT = "sensitivity.json"
@@ -59,11 +58,9 @@ def measure_sensitivity(
         RunFolderError: the run has no encodings yet.
     """
     from qexport.benchmarks.sensitivity import make_units, measure_noise  # noqa: PLC0415 - torch begins here
-    from qexport.quantization.partial import PartlyQuantized  # noqa: PLC0415
 
-    dataset = _dataset(work, split)
-    quantized, partly = work.quantized, PartlyQuantized(work.quantized)
-    measuring = _Measuring(work, partly, dataset, grain, _profile(work, target))
+    measuring = Measuring(work, target=target, grain=grain, split=split)
+    dataset, quantized, partly = measuring.dataset, work.quantized, measuring.partly
     units, stages = measuring.units, make_units(work.subject.layers, "stage")
     samples = work.subject.parity_samples()
     with work.progress("noise of each unit", len(samples) * (len(units) + len(stages))) as step:
@@ -73,7 +70,7 @@ def measure_sensitivity(
         by_unit, _ = measure_noise(quantized, partly, units, work.subject.inputs(samples), on_unit=step)
     first = measuring.point(())
     smallest = _half_width(first)
-    found = _search(work, partly, measuring, max_drop, smallest, below_noise=below_noise)
+    found = _search(work, measuring, max_drop, smallest, below_noise=below_noise)
     report = SensitivityReport(
         encodings_sha256=sha256_json(work.encodings),
         target=measuring.profile.target if measuring.profile else "",
@@ -99,23 +96,29 @@ def measure_sensitivity(
     return report
 
 
-class _Measuring:
-    """Measures the accuracy of configurations, each once."""
+class Measuring:
+    """Measures the accuracy of configurations, each once.
 
-    def __init__(
-        self,
-        work: Work,
-        partly: PartlyQuantized,
-        dataset: Dataset,
-        grain: Grain,
-        profile: LatencyProfile | None,
-    ) -> None:
+    Args:
+        work: the run.
+        target: whose measured latency predicts that of a configuration; None: multiply-accumulates stand for it.
+        grain: what is made float at a time.
+        split: that mAP is measured on; None: a validation split where there is one, else the run's own.
+
+    Raises:
+        QexportError: there is no such split.
+        RunFolderError: the target was not timed.
+    """
+
+    def __init__(self, work: Work, *, target: str | None, grain: Grain, split: str | None) -> None:
         from qexport.benchmarks.sensitivity import make_units  # noqa: PLC0415 - torch begins here
+        from qexport.quantization.partial import PartlyQuantized  # noqa: PLC0415
 
-        self._work, self._partly, self._dataset = work, partly, dataset
-        self.grain, self.profile = grain, profile
+        self._work, self.grain = work, grain
+        self.dataset, self.profile = _dataset(work, split), _profile(work, target)
+        self.partly = PartlyQuantized(work.quantized)
         self.units = make_units(work.subject.layers, grain)
-        self.costs = _costs(self.units, profile)
+        self.costs = _costs(self.units, self.profile)
         layers = [layer for layer in work.subject.layers if layer.parameters]
         self._parameters = {layer.path: layer.parameters for layer in layers}
         self._int8 = {layer.path for layer in layers if layer.quantized}
@@ -123,12 +126,12 @@ class _Measuring:
 
     def point(self, floats: Sequence[Unit]) -> Point:
         """Return the accuracy with these units in float."""
-        patterns = tuple(path for unit in self.units if unit in floats for path in unit.paths)
+        patterns = tuple(pattern for unit in self.units if unit in floats for pattern in unit.patterns)
         encodings = sha256_json(self._work.encodings)
         identity = [
             encodings,
             patterns,
-            self._dataset.sha256,
+            self.dataset.sha256,
             self._work.settings.seed,
             self._cost_identity(),
         ]
@@ -145,19 +148,19 @@ class _Measuring:
         from qexport.benchmarks.detect import to_arrays  # noqa: PLC0415
 
         title = f"mAP, {len(floats)} of {len(self.units)} float" if floats else "mAP, all int8"
-        keys = self._partly.keys_with((*self._work.encodings.keep_float, *patterns))[0]
+        keys = self.partly.keys_with((*self._work.encodings.keep_float, *patterns))[0]
         found = self._detect(title, keys)
         subjects = {"float": self._float(), "configuration": found}
         arrays = {name: [to_arrays(image) for image in images] for name, images in subjects.items()}
         seed = self._work.settings.seed
-        accuracy = evaluate(self._dataset, arrays, seed=seed, max_drop=1.0, baseline="float")
+        accuracy = evaluate(self.dataset, arrays, seed=seed, max_drop=1.0, baseline="float")
         base, mine = accuracy.subjects
         assert (
             mine.voc_drop_interval is not None and mine.coco_drop_interval is not None
         )  # of every but the baseline
         names = {unit.name for unit in floats}
         added = sum(self.costs[name] for name in names)
-        stored = self._int8 - set(patterns)
+        stored = self._int8 - {path for unit in floats for path in unit.paths}
         return Point(
             keep_float=patterns,
             units=len(floats),
@@ -175,7 +178,7 @@ class _Measuring:
         )
 
     def _float(self) -> tuple[ImageDetections, ...]:
-        path = self._work.path / FOLDER / f"float-{self._dataset.sha256[:16]}.json"
+        path = self._work.path / FOLDER / f"float-{self.dataset.sha256[:16]}.json"
         if not path.is_file():
             found = self._detect("mAP, float", frozenset())
             write_json(path, DetectionsRecord(subjects={"float": found}))
@@ -186,16 +189,15 @@ class _Measuring:
 
         spec = self._work.quantized.static.spec
         with (
-            self._work.progress(title, len(self._dataset.samples)) as step,
-            detect.partly(self._partly, keys, spec) as run,
+            self._work.progress(title, len(self.dataset.samples)) as step,
+            detect.partly(self.partly, keys, spec) as run,
         ):
-            return detect.over(self._dataset, self._work.subject.frame_px, run, on_image=step)
+            return detect.over(self.dataset, self._work.subject.frame_px, run, on_image=step)
 
 
 def _search(
     work: Work,
-    partly: PartlyQuantized,
-    measuring: _Measuring,
+    measuring: Measuring,
     max_drop: float | None,
     smallest: float,
     *,
@@ -219,7 +221,7 @@ def _search(
     costs = _costs(groups, measuring.profile)
     with work.progress("order of the units", len(groups)) as step:
         frames = list(work.subject.inputs(samples))
-        order = order_units(work.quantized, partly, groups, frames, costs, on_step=step)
+        order = order_units(work.quantized, measuring.partly, groups, frames, costs, on_step=step)
     if groups is not units:
         order = tuple(unit for group in order for unit in units if unit.paths[0] in group.paths)
     return search(order, measuring.costs, measuring.point, max_drop=max_drop)

@@ -31,7 +31,7 @@ class UnitNoise(_Result, frozen=True, forbid_unknown_fields=True, kw_only=True):
     keep_float: tuple[str, ...]
     """Patterns of module paths that leave it in float."""
     layers: int
-    """Convolutions and linears in it."""
+    """In it."""
     macs: int
     weight_bytes: int
     """Of its int8 weights."""

@@ -21,18 +21,21 @@ from qexport.quantization.partial import PartlyQuantized
 from qexport.quantization.reference import quantize
 from qexport.results import AccuracyReport, Interval, LatencyProfile
 from qexport.sensitivity import measure_sensitivity
-from qexport.sensitivity_results import Point, SensitivityReport
+from qexport.sensitivity_results import Grain, Point, SensitivityReport
 from qexport.work import Work
 
 __all__ = ["copied", "place"]
 
-UNITS = tuple(Unit(f"unit{index}", "trunk", (f"path{index}",), macs=1, weight_bytes=1) for index in range(16))
+UNITS = tuple(
+    Unit(f"unit{index}", "trunk", (f"path{index}",), (f"path{index}",), macs=1, weight_bytes=1)
+    for index in range(16)
+)
 NONE = Interval(low=0.0, high=0.0, level=0.95)
 
 
 def point_of(units: Sequence[Unit], drop: float) -> Point:
     return Point(
-        keep_float=tuple(path for unit in units for path in unit.paths),
+        keep_float=tuple(pattern for unit in units for pattern in unit.patterns),
         units=len(units),
         voc_map50=1 - drop,
         coco_map=1 - drop,
@@ -109,13 +112,38 @@ def sensed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Sensed:
 
 def test_units_of_every_grain_hold_each_quantized_layer_once(sensed: Sensed) -> None:
     layers = sensed.work.subject.layers
-    wanted = sorted({x.path for x in layers if x.quantized and x.kind in ("convolution", "linear")})
+    wanted = sorted({layer.path for layer in layers if layer.quantized})
+    assert {"backbone.fpn", "roi_heads.box_roi_pool", "backbone.body.layer1.0"} <= set(wanted)
     for grain in ("layer", "block", "stage"):
         units = make_units(layers, grain)
         assert sorted(path for unit in units for path in unit.paths) == wanted
     assert (
         len(make_units(layers, "stage")) < len(make_units(layers, "block")) < len(make_units(layers, "layer"))
     )
+
+
+@pytest.mark.parametrize("grain", ["layer", "block", "stage"])
+def test_nothing_is_quantized_with_every_unit_in_float(sensed: Sensed, grain: Grain) -> None:
+    units, partly = make_units(sensed.work.subject.layers, grain), PartlyQuantized(sensed.work.quantized)
+    assert partly.keys_with([pattern for unit in units for pattern in unit.patterns])[0] == frozenset()
+
+
+def test_unit_with_layers_of_others_below_it_leaves_only_itself_in_float(sensed: Sensed) -> None:
+    partly = PartlyQuantized(sensed.work.quantized)
+    fpn = next(
+        unit for unit in make_units(sensed.work.subject.layers, "block") if unit.name == "backbone.fpn"
+    )
+    assert fpn.paths == ("backbone.fpn",)
+    kept, plan = partly.keys_with(fpn.patterns)
+    assert {row.path for row in plan.float_rows if row.path.startswith("backbone")} == {"backbone.fpn"}
+    assert "backbone.fpn.layer_blocks.0.0@0/weight" in kept
+
+
+def test_rows_of_a_sum_are_what_it_reads_and_what_it_gives(sensed: Sensed) -> None:
+    partly = PartlyQuantized(sensed.work.quantized)
+    rows = partly.rows_of("backbone.body.layer1.0")
+    assert len(rows) == 3
+    assert {key.partition("/")[2].partition(":")[0] for key in rows} == {"output"}
 
 
 def test_noise_of_a_unit_left_float_is_that_of_the_detector_quantized_without_it(sensed: Sensed) -> None:
@@ -128,7 +156,7 @@ def test_noise_of_a_unit_left_float_is_that_of_the_detector_quantized_without_it
         patch.chdir(sensed.folder)
         frames = list(work.subject.inputs(work.subject.parity_samples()))
     rows, whole_db = measure_noise(work.quantized, partly, [unit], frames)
-    without = quantize(work.subject.static, partly.encodings_with(work.encodings, unit.paths))
+    without = quantize(work.subject.static, partly.encodings_with(work.encodings, unit.patterns))
     assert set(outputs) <= set(partly.head_outputs())
     again, _ = measure_noise(without, PartlyQuantized(without), [], frames)
     assert again == ()

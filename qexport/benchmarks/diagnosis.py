@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from qexport.benchmarks.sensitivity import Noise, make_units, measure_noise
+from qexport.benchmarks.sensitivity import WEIGHTED_KINDS, Noise, make_units, measure_noise
 from qexport.diagnosis_results import Cause, Diagnosis, Suspect
 from qexport.encodings import EncodingRow, Encodings
 from qexport.layers import Layer
@@ -57,9 +57,10 @@ def diagnose(
         layers: as `inspect_layers` gives them.
         frames: what the static detector takes; few suffice.
     """
-    stages, _ = measure_noise(quantized, partly, make_units(layers, "stage"), frames)
+    weighted = [layer for layer in layers if layer.kind in WEIGHTED_KINDS]
+    stages, _ = measure_noise(quantized, partly, make_units(weighted, "stage"), frames)
     stage = min(stages, key=_loudness)
-    units = [unit for unit in make_units(layers, "layer") if unit.stage == stage.stage]
+    units = [unit for unit in make_units(weighted, "layer") if unit.stage == stage.stage]
     rows, _ = measure_noise(quantized, partly, units, frames)
     loudest = sorted(rows, key=_loudness)[:SUSPECTS]
     examined = _Examined(quantized, partly, frames)

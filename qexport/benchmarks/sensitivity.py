@@ -18,7 +18,7 @@ from qexport.quantization.partial import PartlyQuantized, Values
 from qexport.quantization.reference import QuantizedDetector
 from qexport.sensitivity_results import Grain, UnitNoise
 
-_WEIGHTED = ("convolution", "linear")
+WEIGHTED_KINDS = ("convolution", "linear")
 _BLOCK_LEVEL = 3
 
 
@@ -29,7 +29,9 @@ class Unit:
     name: str
     stage: Stage
     paths: tuple[str, ...]
-    """Module paths of its convolutions and linears; also the patterns that leave it in float."""
+    """Module paths of its layers."""
+    patterns: tuple[str, ...]
+    """That leave it in float, and nothing else."""
     macs: int
     weight_bytes: int
 
@@ -37,19 +39,24 @@ class Unit:
 def make_units(layers: Sequence[Layer], grain: Grain) -> tuple[Unit, ...]:
     """Return the units of a detector, in order of execution.
 
+    Sums, pools, resizes and RoIAlign are in units as convolutions and linears are: with every unit in float nothing of
+    the detector is quantized.
+
     Args:
         layers: as `inspect_layers` gives them; those that are float already are in none.
         grain: how large a unit is.
     """
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
-        if layer.quantized and layer.kind in _WEIGHTED:
+        if layer.quantized:
             groups.setdefault(_name(layer, grain), []).append(layer)
+    owners = {layer.path: name for name, members in groups.items() for layer in members}
     return tuple(
         Unit(
             name=name,
             stage=members[0].stage,
             paths=tuple(dict.fromkeys(member.path for member in members)),
+            patterns=tuple(dict.fromkeys(_pattern(member.path, name, owners) for member in members)),
             macs=sum(member.macs for member in members),
             weight_bytes=sum(member.parameters for member in members),
         )
@@ -80,7 +87,7 @@ def measure_noise(
     outputs = partly.head_outputs()
     pinned = proposals_node(quantized.graph)
     rows = {unit.name: _rows_of(partly, unit) for unit in units}
-    kept = {unit.name: partly.keys_with(unit.paths)[0] for unit in units}
+    kept = {unit.name: partly.keys_with(unit.patterns)[0] for unit in units}
     whole = Noise(outputs)
     alone = {unit.name: Noise(outputs) for unit in units}
     without = {unit.name: Noise(outputs) for unit in units}
@@ -101,7 +108,7 @@ def measure_noise(
         UnitNoise(
             name=unit.name,
             stage=unit.stage,
-            keep_float=unit.paths,
+            keep_float=unit.patterns,
             layers=len(unit.paths),
             macs=unit.macs,
             weight_bytes=unit.weight_bytes,
@@ -146,6 +153,13 @@ def _name(layer: Layer, grain: Grain) -> str:
         return layer.stage
     parts = layer.path.split(".")
     return ".".join(parts[:_BLOCK_LEVEL]) if grain == "block" else layer.path
+
+
+def _pattern(path: str, unit: str, owners: Mapping[str, str]) -> str:
+    """Return the pattern of a layer; one that has layers of other units below it is named without them."""
+    if all(owner == unit for below, owner in owners.items() if below.startswith(f"{path}.")):
+        return path
+    return f"{path[:-1]}[{path[-1]}]"  # a plain path would cover what is below it
 
 
 def _rows_of(partly: PartlyQuantized, unit: Unit) -> frozenset[str]:

@@ -67,13 +67,13 @@ def order_units(
         ratios = {}
         now = _ratio(outputs, floats, current)
         for unit in left:
-            kept = partly.keys_with([path for one in (*order, unit) for path in one.paths])[0]
+            kept = partly.keys_with([pattern for one in (*order, unit) for pattern in one.patterns])[0]
             tried = [partly.rerun(values, keys, kept, pinned={pinned}) for values in current]
             ratios[unit.name] = (now - _ratio(outputs, floats, tried)) / costs[unit.name]
         best = max(left, key=lambda unit: ratios[unit.name])
         order.append(best)
         left.remove(best)
-        kept = partly.keys_with([path for one in order for path in one.paths])[0]
+        kept = partly.keys_with([pattern for one in order for pattern in one.patterns])[0]
         current = [partly.rerun(values, keys, kept, pinned={pinned}) for values in current]
         keys = kept
         on_step()

@@ -87,12 +87,13 @@ class PartlyQuantized:
         return frozenset(asked), quantizer.plan
 
     def rows_of(self, path: str) -> frozenset[str]:
-        """Return the keys of a convolution's or linear's own rows: weights, what it reads, what it gives."""
+        """Return the keys of a layer's own rows: weights, what it reads, what it gives."""
         keys = set()
-        for node in self._weights:
+        for node, key in self._output_keys.items():
             if site_of(node).path == path:
-                reads = argument_node(argument_node(argument_node(node)))
-                keys |= {weight_key(node), self._key_of[reads], self._output_keys[node]}
+                reads = [source for source in node.all_input_nodes if is_dequantize(source)]
+                keys |= {key, *(self._key_at(source) for source in reads if not self._is_weight(source))}
+                keys |= {weight_key(node)} if node in self._weights else set()
         return frozenset(keys)
 
     def encodings_with(self, encodings: Encodings, keep_float: Collection[str]) -> Encodings:
