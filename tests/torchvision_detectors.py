@@ -48,14 +48,19 @@ def build_torchvision(name: str, *, proposals: int = 100) -> GeneralizedRCNN:
     return enliven(detector.eval())
 
 
-def build_single_level() -> GeneralizedRCNN:
-    """Return a detector without a feature pyramid, whose 210 anchors are fewer than the RPN would take."""
+def build_single_level(*middle: nn.Module) -> GeneralizedRCNN:
+    """Return a detector without a feature pyramid, whose 210 anchors are fewer than the RPN would take.
+
+    Args:
+        middle: what the trunk does between its two convolutions: 16 channels in, 16 out.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False),
             nn.BatchNorm2d(16),
             nn.ReLU(inplace=True),
+            *middle,
             nn.Conv2d(16, 24, 3, stride=8, padding=1),
             nn.ReLU(inplace=True),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from qexport.layers import stage_of
 
 ACTIVATIONS = ("relu", "relu6", "hardtanh", "clamp")
 """Activations that every integer kernel applies by saturation, and which are therefore fused."""
-
+_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 
 IMAGE_KEY = row_key("preprocess", 0, "output:image")
 """Key of the normalised image, whatever operator ends the preprocessing."""
@@ -52,9 +54,31 @@ def export_module(
     for node in list(graph.graph.nodes):
         if node.op == "call_module" or op_name(node) == "_assert_tensor_metadata":
             graph.graph.erase_node(node)  # guards on shapes that are fixed by construction
+    _slice_splits(graph)
     graph.graph.lint()
     graph.recompile()
     return graph
+
+
+def _slice_splits(graph: GraphModule) -> None:
+    """Replace each part of a split by the slice that it is: one operator, which every target has."""
+    for node in [node for node in graph.graph.nodes if op_name(node) in _SPLITS]:
+        parts = node.meta["val"]
+        axis = int(str(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))) % parts[0].dim()
+        ends = list(accumulate(part.shape[axis] for part in parts))
+        if not all(isinstance(end, int) for end in ends):
+            continue  # along an axis whose size is open
+        for taken in list(node.users):
+            place = int(str(taken.args[1])) % len(parts)
+            start = ends[place] - parts[place].shape[axis]
+            with graph.graph.inserting_before(taken):
+                part = graph.graph.call_function(
+                    torch.ops.aten.slice.Tensor, (argument_node(node), axis, start, ends[place])
+                )
+            part.meta = {**taken.meta}
+            taken.replace_all_uses_with(part)
+            graph.graph.erase_node(taken)
+        graph.graph.erase_node(node)
 
 
 def site_of(node: Node) -> CallSite:
@@ -73,6 +97,11 @@ def op_name(node: object) -> str:
     return schema.name.split("::")[1] if schema is not None else ""
 
 
+def computed_by(node: Node) -> str:
+    """Return the name of the operator that computes a node; of one of several results, that of their operator."""
+    return op_name(node.args[0] if node.target is operator.getitem else node)
+
+
 def port_keys(module: GraphModule) -> dict[str, str]:
     """Return the encodings key of what each operator computes, by node name.
 
@@ -81,11 +110,11 @@ def port_keys(module: GraphModule) -> dict[str, str]:
     keys: dict[str, str] = {}
     seen: Counter[tuple[CallSite, str]] = Counter()
     for node in module.graph.nodes:
-        op = op_name(node)
+        op = computed_by(node)
         if is_image(node):
             keys[node.name] = IMAGE_KEY
-        if node.name in keys or not op:
-            continue
+        if node.name in keys or not op or isinstance(node.meta.get("val"), (tuple, list)):
+            continue  # of several results, each has a key
         site = site_of(node)
         index = seen[site, op]
         seen[site, op] += 1

@@ -86,9 +86,7 @@ def inspect_layers(static: StaticDetector, *, keep_float: tuple[str, ...] = ()) 
                 whole_stages.add(stage)
                 layers.append(_whole_stage(len(layers), node))
             continue
-        if (
-            not op or op in SHAPE_ONLY or not is_float(node)
-        ):  # no operator: the parts of a split are taken out
+        if not op or op in SHAPE_ONLY or not is_float(node):
             continue
         if op in ACTIVATIONS and base_of(node) is not node:
             continue

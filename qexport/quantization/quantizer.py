@@ -31,6 +31,7 @@ from qexport.quantization.graph import (
     FUSES_ACTIVATION,
     argument_node,
     base_of,
+    computed_by,
     is_float,
     op_name,
     port_keys,
@@ -64,7 +65,7 @@ SAME_SCALE = (
     "dropout",
 )
 """Operators that only move or select values: their output keeps the scale of their input."""
-SHAPE_ONLY = ("view", "flatten", "reshape", "permute", "slice", "clone", "_unsafe_view", "getitem", "dropout")
+SHAPE_ONLY = ("view", "flatten", "reshape", "permute", "slice", "clone", "_unsafe_view", "dropout")
 """Operators that compute nothing: no layers of their own."""
 
 SpecFactory = Callable[[str], QuantizationSpec]
@@ -113,7 +114,7 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
             reason = f"kept in float by {pattern!r}" if pattern else self._annotate(node)
             if reason:
                 site = site_of(node)
-                float_rows.append(FloatRow(site.path, site.call, op_name(node), reason))
+                float_rows.append(FloatRow(site.path, site.call, computed_by(node), reason))
         self._quantize_float_producers(model)
         self.plan = Plan(tuple(_first_of_each(float_rows)), frozenset(matched))
         return model
@@ -144,7 +145,7 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
             if Q_ANNOTATION_KEY not in node.meta:
                 return f"{op} of a float tensor"
         else:
-            return f"no integer form of {op} is known"
+            return f"no integer form of {computed_by(node)} is known"
         return ""
 
     def _mark_chain(self, node: Node, inputs: Mapping[Node, QuantizationSpec]) -> None:
