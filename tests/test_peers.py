@@ -141,6 +141,7 @@ def test_bench_page_shows_ratios_largest_rows_and_parity(bench_report: ModuleTyp
                     _row(2, "roi_heads.box_roi_pool", "roi_align", 2.5),
                     _row(3, "roi_heads.box_head.fc6", "linear", 1.0),
                 ),
+                other_kernels_ms={"Gather": 2.0, "TopK": 0.2},
                 accounted_share=0.955,
             )
         },
@@ -167,14 +168,15 @@ def test_bench_page_shows_ratios_largest_rows_and_parity(bench_report: ModuleTyp
     )
     page = bench_report.as_markdown(bench)
     assert "8 frames of 320x240" in page
-    assert "onnx layer parity FAILED (6 steps)" in page
+    assert "Parity: 0 of 1 gates ok; FAILED: onnx layer parity (6 steps)." in page
     assert "## Latency, 2 threads" in page
     assert (
         "| quantize_static | 20.0 | 18.0 | 21.6 | 1.6 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in page
     )
     assert "| trunk | 6.00 | 60.0 |" in page
     assert "Convolutions and linears: 7.0 ms, in eager 28.0 ms: 4.00 times faster." in page
-    assert "`roi_heads.box_roi_pool` (roi_align, 2.50 ms: QLinearConv), `rpn.proposals` (nms, 0.50 ms" in page
+    assert "Others above 3 %: `roi_heads.box_roi_pool` (roi_align) 2.50 ms, `rpn.proposals` (nms)" in page
+    assert "Their kernels above 3 %: `Gather` 2.00 ms." in page
     assert "95.5 % of a profiled run" in page
     assert "| quantize_static | 29.0 |  |  |" in page
     assert "| qexport onnx | 28.9 | 113.6 | 1/3.93 |" in page

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import cycle
@@ -25,6 +26,7 @@ import numpy as np
 from bench_also import measure_also
 from bench_cost import measure_cost
 from bench_report import (
+    DENSE,
     EAGER,
     FP32_TFLITE,
     OURS,
@@ -284,7 +286,11 @@ def _profile(
     counted = {"warmup": options.warmup, "runs": options.runs}
     profile = profile_artifact(runner, frame, layers, **counted)
     eager = profile_eager(module, frame, list(profile.paths), **counted, on_run=lambda: None)
+    others: Counter[str] = Counter()
+    for cost in profile.paths.values():
+        others.update({name: ms for name, ms in cost.kernels.items() if runner.kind_of(name) not in DENSE})
     return Profiled(
+        other_kernels_ms=dict(others),
         layers=build_rows(profile.paths, layers, runner.kind_of, eager=eager, fp32=None),
         accounted_share=profile.accounted_share,
     )

@@ -19,15 +19,17 @@ OURS_TFLITE, FP32_TFLITE = "qexport tflite", "qexport tflite fp32"
 OURS_EXECUTORCH = "qexport executorch"
 REFERENCE = "quantized reference"
 
-_DENSE: tuple[Kind, ...] = ("convolution", "linear")
+DENSE: tuple[Kind, ...] = ("convolution", "linear")
 _NAMED_SHARE = 0.03
-"""What costs more than this share, and is no convolution or linear, is named with its kernels."""
+"""What costs more than this share, and is no convolution or linear, is named."""
 
 
 class Profiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An artifact of ours layer by layer, profiled on the first frame."""
 
     layers: tuple[LayerLatency, ...]
+    other_kernels_ms: dict[str, float]
+    """By type, of kernels that are no convolution or linear: the mean over the runs."""
     accounted_share: float
     """Sum of the layers over the profiled run, less the profiler's own time between kernels."""
 
@@ -80,16 +82,12 @@ def as_markdown(bench: Bench) -> str:
     machine = bench.machine
     packages = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     height, width = bench.frame_px
-    parity = ", ".join(
-        f"{gate.subject} {gate.name} {'ok' if gate.passed else 'FAILED'} ({gate.measured})"
-        for gate in bench.parity
-    )
     lines = [
         f"# {bench.detector}",
         "",
         f"{bench.dataset}, {bench.frames} frames of {width}x{height} in turns, frame in to boxes out. "
         f"{machine.processor}, {machine.cores} cores, {machine.system}. {packages}.",
-        f"Artifact {bench.artifact_sha256[:12]}. Parity: {parity}.",
+        f"Artifact {bench.artifact_sha256[:12]}. {_parity(bench.parity)}",
     ]
     for turns in bench.turns:
         lines += ["", *_latency(turns)]
@@ -103,6 +101,13 @@ def as_markdown(bench: Bench) -> str:
     if bench.also:
         lines += ["", *also_lines(bench.also)]
     return "\n".join(lines) + "\n"
+
+
+def _parity(gates: Sequence[Gate]) -> str:
+    failed = [f"{gate.subject} {gate.name} ({gate.measured})" for gate in gates if not gate.passed]
+    return f"Parity: {len(gates) - len(failed)} of {len(gates)} gates ok" + (
+        f"; FAILED: {', '.join(failed)}." if failed else "."
+    )
 
 
 def _latency(turns: Turns) -> list[str]:
@@ -128,16 +133,20 @@ def _stages(turns: Turns, name: str, profiled: Profiled) -> list[str]:
     for stage in STAGES:
         stage_ms = sum(row.artifact_ms for row in layers if row.stage == stage)
         rows.append([stage, f"{stage_ms:.2f}", f"{100 * stage_ms / whole_ms:.1f}"])
-    dense = [row for row in layers if row.kind in _DENSE]
+    dense = [row for row in layers if row.kind in DENSE]
     dense_ms, eager_ms = (
         sum(row.artifact_ms for row in dense),
         sum(row.eager_ms or 0.0 for row in dense),
     )
-    others = sorted((row for row in layers if row.kind not in _DENSE), key=lambda row: -row.artifact_ms)
     named = [
-        f"`{row.path}` ({row.kind}, {row.artifact_ms:.2f} ms: {', '.join(row.kernels)})"
-        for row in others
-        if row.artifact_ms > _NAMED_SHARE * whole_ms
+        f"`{row.path}` ({row.kind}) {row.artifact_ms:.2f} ms"
+        for row in sorted(layers, key=lambda row: -row.artifact_ms)
+        if row.kind not in DENSE and row.artifact_ms > _NAMED_SHARE * whole_ms
+    ]
+    kernels = [
+        f"`{kernel}` {cost_ms:.2f} ms"
+        for kernel, cost_ms in sorted(profiled.other_kernels_ms.items(), key=lambda item: -item[1])
+        if cost_ms > _NAMED_SHARE * whole_ms
     ]
     return [
         f"### Where {name}'s time goes, {_threads(turns)}",
@@ -147,7 +156,8 @@ def _stages(turns: Turns, name: str, profiled: Profiled) -> list[str]:
         f"Convolutions and linears: {dense_ms:.1f} ms, in eager {eager_ms:.1f} ms: "
         f"{eager_ms / dense_ms:.2f} times faster.",
         "",
-        f"The others above {100 * _NAMED_SHARE:.0f} %: {', '.join(named) or 'none'}.",
+        f"Others above {100 * _NAMED_SHARE:.0f} %: {', '.join(named) or 'none'}. "
+        f"Their kernels above {100 * _NAMED_SHARE:.0f} %: {', '.join(kernels) or 'none'}.",
         "",
         f"Kernels add up to {100 * profiled.accounted_share:.1f} % of a profiled run, less the profiler's own "
         "time between kernels.",
@@ -166,7 +176,7 @@ def _sizes(sizes: Sequence[Size]) -> list[str]:
 
 def _crossed(report: CrossReport) -> list[str]:
     rows = []
-    columns: tuple[Kind, ...] = (*_DENSE, "elementwise", "roi_align")
+    columns: tuple[Kind, ...] = (*DENSE, "elementwise", "roi_align")
     for pair in report.pairs:
         found = [pair.kinds.get(kind) for kind in columns]
         cells = ["" if kind is None else f"{kind.per_million:.2f}" for kind in found]

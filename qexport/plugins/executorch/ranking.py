@@ -3,12 +3,12 @@
 ExecuTorch's topk takes equal values in any order, it has no sort and no suppression. Who suppresses whom is a matrix
 that XNNPACK computes, in pieces that stay in the cache. It has no comparison, but a difference times 2**126, clamped to
 0 and 1, is one. Starting from "all are kept", a box is kept where no better kept box suppresses it. A few such turns
-settle real images; where they do not, a loop of as many turns as there are boxes does.
+settle most images; where they do not, loops of more and more turns do, the last of as many as there are boxes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from qexport.plugins.executorch.xnnpack import SegmentBuilder
 from qexport.quantization.graph import argument_node
 
 TURNS = 6
-"""That are written out; chains of suppressions on real images are this long."""
+"""That are written out; chains of suppressions on most images are this long."""
+FURTHER_TURNS = (6, 24)
+"""Of loops that are run where these do not settle it, before the one that always does."""
 MATRIX_VALUES = 2**24
 """Of the matrices that are held at a time: 64 MiB."""
 PIECE_VALUES = 2**17
@@ -217,24 +219,27 @@ def _settled(before: Tensor, matrix: Tensor, start: Tensor, kept: Tensor) -> Ten
     """Return what is kept when a further turn changes nothing."""
     if kept.is_meta:
         return torch.empty_like(kept)  # asked for the shape alone: which branch is taken is not known
-    done = torch.eq(kept, before).all()
-    settled: Tensor = torch.cond(done, _as_it_is, _with_every_turn, (matrix, start, kept))
-    return settled
+    # No chain of suppressions is longer than there are boxes.
+    for turns in (*FURTHER_TURNS, matrix.shape[1]):
+        done = torch.eq(kept, before).all()
+        before, kept = torch.cond(done, _as_it_is, _with_turns(turns), (matrix, start, before, kept))
+    return kept
 
 
-def _as_it_is(matrix: Tensor, start: Tensor, kept: Tensor) -> Tensor:
+def _as_it_is(matrix: Tensor, start: Tensor, before: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     del matrix, start
-    return kept.clone()
+    return before.clone(), kept.clone()
 
 
-def _with_every_turn(matrix: Tensor, start: Tensor, kept: Tensor) -> Tensor:
-    """Return the same after as many turns as there are boxes: no chain of suppressions is longer."""
+def _with_turns(turns: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what takes so many turns: what was kept before the last of them, and after."""
 
-    def turn(carried: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        del number
-        after = _turn(matrix, start, carried)
-        return after, after.sum()
+    def several(matrix: Tensor, start: Tensor, before: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        def turn(carried: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            after = _turn(matrix, start, carried[1])
+            return (carried[1].clone(), after), after.sum()
 
-    turns = torch.arange(matrix.shape[1]).to(torch.float32)
-    settled: Tensor = scan(turn, kept, turns)[0]
-    return settled
+        settled: tuple[Tensor, Tensor] = scan(turn, (before, kept), torch.arange(turns).to(torch.float32))[0]
+        return settled
+
+    return several

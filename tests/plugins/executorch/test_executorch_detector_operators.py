@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qexport.detectors import operators
 from qexport.errors import UnsupportedOperator
 from qexport.plugins.executorch import ranking
-from qexport.plugins.executorch.ranking import TURNS
+from qexport.plugins.executorch.ranking import FURTHER_TURNS, TURNS
 from qexport.quantization.graph import export_graph
 
 Suppression = tuple[Tensor, Tensor, Tensor, float]
@@ -227,8 +227,9 @@ def test_suppression_keeps_the_boxes_that_torchvision_keeps(name: str) -> None:
     assert_equal(Suppress(*SUPPRESSION[name]))
 
 
-def test_suppression_in_a_longer_chain_than_turns_are_written_out_is_exact() -> None:
-    assert_equal(Suppress(*chain(5 * TURNS)))
+@pytest.mark.parametrize("loops", range(1, len(FURTHER_TURNS) + 2))
+def test_suppression_in_a_longer_chain_than_turns_are_written_out_is_exact(loops: int) -> None:
+    assert_equal(Suppress(*chain(TURNS + sum(FURTHER_TURNS[: loops - 1]) + 4)))
 
 
 def test_suppression_of_more_than_one_matrix_at_a_time_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
