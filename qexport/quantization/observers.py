@@ -107,15 +107,21 @@ class MagnitudeHistogram(SymmetricObserver):
 
     def scale(self) -> Tensor:
         """Return the scale that the method chooses; infinite where a value was not finite."""
+        return self.scale_by(self.method, self.percentile)
+
+    def scale_by(self, method: ObserverName, percentile: float) -> Tensor:
+        """Return the scale that a method would choose; any, where the observer counts, else min-max's."""
         clip = self.largest
         if not math.isfinite(clip):
             return torch.tensor([clip])
-        if self.range > 0.0:
-            clip = self._at_percentile() if self.method == "percentile" else self._least_error()
+        if self.range > 0.0 and method == "percentile":
+            clip = self._at_percentile(percentile)
+        elif self.range > 0.0 and method == "mse":
+            clip = self._least_error()
         return torch.tensor([round_up(max(clip / _STEPS, SMALLEST_SCALE))], dtype=torch.float32)
 
-    def _at_percentile(self) -> float:
-        wanted = math.ceil(int(self.counts.sum()) * self.percentile / 100)
+    def _at_percentile(self, percentile: float) -> float:
+        wanted = math.ceil(int(self.counts.sum()) * percentile / 100)
         bins = int((self.counts.cumsum(0) >= wanted).to(torch.int64).argmax()) + 1
         return min(self.largest, self.range * bins / BINS)
 
