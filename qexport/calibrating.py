@@ -35,6 +35,7 @@ def decide_encodings(work: Work) -> Encodings:
                 subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                weight_scales=settings.weight_scales,
                 keep_float=settings.keep_float,
                 notes=notes,
                 on_image=step,
@@ -46,6 +47,7 @@ def decide_encodings(work: Work) -> Encodings:
             strict=settings.strict,
             observer=settings.observer,
             percentile=settings.percentile,
+            weight_scales=settings.weight_scales,
             keep_float=subject.keep_float,
             notes={"qat sha256": sha256_file(checkpoint.path), **notes},
             on_image=step,
@@ -60,6 +62,8 @@ def inputs_of_calibrate(work: Work) -> dict[str, object]:
         "images": subject.calibration.sha256,
         "options": [settings.calibration_images, settings.observer, settings.percentile, settings.seed],
     }
+    if settings.weight_scales != "per-channel":
+        inputs["weight scales"] = settings.weight_scales
     if settings.qat:
         place = Path((settings.qat_prepare or "").rpartition(":")[0])
         prepare = sha256_file(place) if place.is_file() else str(place)

@@ -21,6 +21,8 @@ from qexport.files import read_json, sha256_json, write_json
 FORMAT_VERSION = 1
 ACTIVATION_RANGE = (-128, 127)
 WEIGHT_RANGE = (-127, 127)
+PER_CHANNEL, PER_TENSOR = "int8-symmetric-per-channel", "int8-symmetric-per-tensor"
+"""The schemes: they differ in the scales of weights alone. With the second all channels of a weight have the same."""
 
 
 class QuantParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +72,7 @@ class Encodings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detector_sha256: str
     """Fingerprint of architecture, weights and static form that the rows were made for."""
     scheme: str
-    """Name of the scheme, `int8-symmetric-per-channel`."""
+    """`PER_CHANNEL` or `PER_TENSOR`, as the rows are."""
     calibration: dict[str, str | int | float]
     """How the scales were decided: observer, images, seed, dataset hash."""
     keep_float: tuple[str, ...]

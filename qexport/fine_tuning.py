@@ -188,6 +188,7 @@ class FineTuning:
                 self.subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                weight_scales=settings.weight_scales,
                 keep_float=settings.keep_float,
                 on_image=step,
             )

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qexport
-from qexport.encodings import Encodings, QuantParams
+from qexport.encodings import PER_TENSOR, Encodings, QuantParams
 from qexport.errors import QexportError
 from qexport.files import write_json
+from qexport.settings import WeightScales
 from qexport.work import Work
 
 if TYPE_CHECKING:
@@ -167,8 +168,9 @@ class _Mending:
         from qexport.calibration.calibrator import calibrate  # noqa: PLC0415 - torch begins here
         from qexport.calibration.means.equalization import equalize  # noqa: PLC0415
 
+        weight_scales: WeightScales = "per-tensor" if self.encodings.scheme == PER_TENSOR else "per-channel"
         with self._work.progress("equalize channels", 2) as step:
-            equal, links = equalize(self._folded, self._frames)
+            equal, links = equalize(self._folded, self._frames, weight_scales=weight_scales)
             step()
             self._take(equal.state_dict())
             settings, subject = self._work.settings, self._work.subject
@@ -177,6 +179,7 @@ class _Mending:
                 subject.inputs(subject.calibration_samples()),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                weight_scales=weight_scales,
                 keep_float=self._work.encodings.keep_float,
                 notes={
                     k: v

@@ -107,6 +107,7 @@ class _Forms:
                 subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                weight_scales=settings.weight_scales,
                 keep_float=settings.keep_float,
                 on_image=step,
             )
@@ -118,7 +119,12 @@ class _Forms:
         weights = [folder.record.weights_sha256, folder.digest("detector.json")]
         if method == _PTQ:
             images = self._work.subject.calibration_samples()
-            how = [settings.observer, settings.percentile, settings.keep_float, settings.seed, len(images)]
+            how: list[object] = [settings.observer, settings.percentile, settings.keep_float, settings.seed]
+            how += (
+                [len(images)]
+                if settings.weight_scales == "per-channel"
+                else [len(images), settings.weight_scales]
+            )
             return [*weights, sha256_json([self._work.subject.calibration.sha256, *how])]
         return weights if method == _DYNAMIC else [*weights, self._work.encodings.rows_sha256]
 

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 ObserverName = Literal["min-max", "percentile", "mse"]
+WeightScales = Literal["per-channel", "per-tensor"]
 PreprocessPlace = Literal["inside", "outside"]
 
 
@@ -32,6 +33,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     calibration_images: int = 64
     observer: ObserverName = "min-max"
     percentile: float = 99.99
+    weight_scales: WeightScales = "per-channel"
+    """One scale for each output channel of a weight, or the same for all of them, as older runtimes have it."""
     keep_float: tuple[str, ...] = ()
     qat: str | None = None
     """A QAT checkpoint, whose weights and scales are taken."""

@@ -14,10 +14,10 @@ import torch
 from conftest import KEPT_FLOAT_PATHS, Frame
 from torch.fx import Node
 
-from qexport.calibration.calibrator import SCHEME, calibrate
+from qexport.calibration.calibrator import calibrate
 from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
-from qexport.encodings import Encodings
+from qexport.encodings import PER_CHANNEL, PER_TENSOR, Encodings
 from qexport.errors import CalibrationError
 from qexport.quantization.graph import is_dequantize, op_name, site_of
 from qexport.quantization.reference import QuantizedDetector, quantize
@@ -28,7 +28,7 @@ def test_encodings_say_what_they_were_made_of(
     demo_static: StaticDetector, demo_encodings: Encodings, calibration_frames: list[Frame]
 ) -> None:
     assert demo_encodings.detector_sha256 == fingerprint(demo_static)
-    assert demo_encodings.scheme == SCHEME
+    assert demo_encodings.scheme == PER_CHANNEL
     assert demo_encodings.calibration == {"observer": "min-max", "images": len(calibration_frames)}
     assert {row.path for row in demo_encodings.float_rows} == {
         "preprocess",
@@ -107,6 +107,18 @@ def test_observer_that_clips_gives_smaller_scales_and_says_its_name(
             assert row.params.scale[0] <= widest[key].params.scale[0]
             smaller += row.params.scale[0] < 0.95 * widest[key].params.scale[0]
     assert smaller > 10
+
+
+def test_weight_scales_per_tensor_give_every_channel_that_of_the_widest(
+    small_static: StaticDetector, small_encodings: Encodings, small_frames: list[Frame]
+) -> None:
+    found = calibrate(small_static, small_frames[:2], weight_scales="per-tensor")
+    assert (small_encodings.scheme, found.scheme) == (PER_CHANNEL, PER_TENSOR)
+    for own, whole in zip(small_encodings.rows, found.rows, strict=True):
+        if own.port == "weight":
+            assert whole.params.scale == (max(own.params.scale),) * len(own.params.scale)
+        else:
+            assert whole == own
 
 
 def test_calibrate_without_images_raises(small_static: StaticDetector) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_fixtures import call, copied, place
 from conftest import Frame
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexport import mending, pipeline
 from qexport.benchmarks.sensitivity import measure_noise
@@ -18,7 +18,9 @@ from qexport.calibration.calibrator import calibrate
 from qexport.calibration.means.bias import correct_biases
 from qexport.calibration.means.equalization import equalize, find_links
 from qexport.calibration.means.rounding import learn_rounding
-from qexport.detectors.static import StaticDetector
+from qexport.detectors.demo.scenes import HEIGHT, WIDTH
+from qexport.detectors.load import LoadedDetector
+from qexport.detectors.static import StaticDetector, make_static
 from qexport.encodings import Encodings, QuantParams
 from qexport.errors import RunFolderError
 from qexport.files import read_json
@@ -26,6 +28,7 @@ from qexport.quantization.fold import fold_batch_norm
 from qexport.quantization.graph import export_graph
 from qexport.quantization.partial import PartlyQuantized
 from qexport.quantization.reference import QuantizedDetector, quantize
+from qexport.settings import WeightScales
 
 __all__ = ["copied", "place"]
 
@@ -52,8 +55,10 @@ def widened(folded: StaticDetector) -> StaticDetector:
     return harmed
 
 
-def sqnr_db(static: StaticDetector, frames: list[Frame]) -> float:
-    quantized = quantize(static, calibrate(static, frames))
+def sqnr_db(
+    static: StaticDetector, frames: list[Frame], weight_scales: WeightScales = "per-channel"
+) -> float:
+    quantized = quantize(static, calibrate(static, frames, weight_scales=weight_scales))
     _, db = measure_noise(quantized, PartlyQuantized(quantized), [], frames[:2])
     assert db is not None
     return db
@@ -75,6 +80,46 @@ def test_links_are_layers_whose_every_reader_is_a_layer(folded: StaticDetector) 
     assert links["roi_heads.box_head.fc6"] == ("roi_heads.box_head.fc7",)
     assert READER not in links  # an add reads it
     assert "rpn.head.cls_logits" not in links  # box arithmetic reads it
+
+
+@pytest.fixture(scope="module")
+def depthwise(demo: LoadedDetector) -> StaticDetector:
+    """The demo detector with a depthwise layer behind another."""
+    module = copy.deepcopy(demo.module)
+    block = module.get_submodule(READER.rpartition(".")[0])
+    block.conv2 = nn.Conv2d(64, 64, kernel_size=3, padding=1, groups=64, bias=False)
+    return fold_batch_norm(make_static(module.eval(), frame_px=(HEIGHT, WIDTH)))
+
+
+def test_links_reach_depthwise_layers(depthwise: StaticDetector) -> None:
+    links = {link.producer: link.readers for link in find_links(export_graph(depthwise))}
+    assert links[PRODUCER] == (READER,)
+
+
+@pytest.mark.parametrize("weight_scales", ["per-channel", "per-tensor"])
+def test_depthwise_detector_equalised_computes_the_same(
+    depthwise: StaticDetector, demo_frames: list[Frame], weight_scales: WeightScales
+) -> None:
+    equal, _ = equalize(depthwise, demo_frames[:1], weight_scales=weight_scales)
+    assert not torch.equal(tensor(equal, f"{READER}.weight"), tensor(depthwise, f"{READER}.weight"))
+    frame = torch.from_numpy(demo_frames[0])
+    with torch.no_grad():
+        wanted, found = depthwise(frame), equal(frame)
+    assert torch.equal(wanted.labels, found.labels)
+    assert torch.allclose(wanted.boxes, found.boxes, atol=1e-2)
+
+
+def test_equalize_gives_back_what_one_scale_for_unequal_weights_costs(
+    folded: StaticDetector, demo_frames: list[Frame]
+) -> None:
+    plain = sqnr_db(folded, demo_frames, "per-tensor")
+    harmed = widened(folded)
+    assert sqnr_db(harmed, demo_frames, "per-tensor") < plain - 10
+    equal, _ = equalize(harmed, demo_frames[:1], weight_scales="per-tensor")
+    assert sqnr_db(equal, demo_frames, "per-tensor") > plain - 1
+    own = tensor(equal, f"{PRODUCER}.weight").flatten(1).abs().amax(1)
+    read = tensor(equal, f"{READER}.weight").transpose(0, 1).flatten(1).abs().amax(1)
+    assert torch.allclose(own, read, rtol=1e-3)
 
 
 def test_equalised_detector_computes_the_same(

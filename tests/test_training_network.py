@@ -82,6 +82,20 @@ def test_network_after_training_gives_the_codes_of_the_reference(
         assert torch.equal(folded[name], weight.detach()), name
 
 
+def test_network_with_one_scale_for_a_weight_keeps_one_and_gives_the_codes_of_the_reference(
+    demo: LoadedDetector, demo_static: StaticDetector, demo_frames: list[Frame]
+) -> None:
+    encodings = calibrate(demo_static, demo_frames[:1], weight_scales="per-tensor")
+    network = TrainingNetwork(fold_batch_norm(demo_static), encodings)
+    shake(network, torch.randn(2, 3, 256, 320, generator=torch.Generator().manual_seed(1)))
+    after = network.encodings(encodings, encodings.detector_sha256)
+    of_weights = [row.params.scale for row in after.rows if row.port == "weight"]
+    assert all(len(set(scale)) == 1 for scale in of_weights)
+    assert of_weights != [row.params.scale for row in encodings.rows if row.port == "weight"]
+    _, quantized = export(network, demo.module, demo_static, encodings)
+    assert compare_codes(network, quantized, demo_frames[0]).differing == 0
+
+
 def test_agreement_of_another_reference_finds_the_first_tensor(
     network: TrainingNetwork, demo_quantized: QuantizedDetector, demo_frames: list[Frame]
 ) -> None:

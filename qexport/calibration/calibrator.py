@@ -17,6 +17,8 @@ from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import (
     ACTIVATION_RANGE,
+    PER_CHANNEL,
+    PER_TENSOR,
     WEIGHT_RANGE,
     EncodingRow,
     Encodings,
@@ -45,9 +47,7 @@ from qexport.quantization.quantizer import (
     weight_spec,
 )
 from qexport.quantization.reference import BIAS_LIMIT
-from qexport.settings import ObserverName
-
-SCHEME = "int8-symmetric-per-channel"
+from qexport.settings import ObserverName, WeightScales
 
 
 def calibrate(
@@ -56,6 +56,7 @@ def calibrate(
     *,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,
+    weight_scales: WeightScales = "per-channel",
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
     on_image: Callable[[], None] = lambda: None,
@@ -68,6 +69,7 @@ def calibrate(
             where preprocessing is outside. One is held in memory at a time.
         observer: how a tensor's clipping value is chosen.
         percentile: for the observer of that name.
+        weight_scales: whether the channels of a weight share one scale.
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin (dataset hash, seed, split).
         on_image: called after each frame.
@@ -81,10 +83,11 @@ def calibrate(
         raise CalibrationError("no image to calibrate with: choose another --calibration-split or folder.")
     source = name_observer(observer, percentile)
     activations = activation_rows(observed, source)
-    rows = (*activations, *weight_rows(observed, {row.key: row.params.scale[0] for row in activations}))
+    input_scales = {row.key: row.params.scale[0] for row in activations}
+    rows = (*activations, *weight_rows(observed, input_scales, weight_scales))
     return Encodings(
         detector_sha256=fingerprint(static),
-        scheme=SCHEME,
+        scheme=name_scheme(rows),
         calibration={"observer": source, "images": images, **(notes or {})},
         keep_float=keep_float,
         rows=rows,
@@ -173,12 +176,15 @@ def activation_rows(observed: Observed, source: str) -> list[EncodingRow]:
     return list(rows.values())
 
 
-def weight_rows(observed: Observed, input_scales: Mapping[str, float]) -> list[EncodingRow]:
+def weight_rows(
+    observed: Observed, input_scales: Mapping[str, float], weight_scales: WeightScales
+) -> list[EncodingRow]:
     """Read the scales of weights off the observers.
 
     Args:
         observed: has seen a frame.
         input_scales: of the activations, by key.
+        weight_scales: with `per-tensor` every channel has the scale of the widest.
     """
     rows: dict[str, EncodingRow] = {}
     for key, node, watcher in observed.weights():
@@ -186,6 +192,8 @@ def weight_rows(observed: Observed, input_scales: Mapping[str, float]) -> list[E
             params = _params(watcher, key, WEIGHT_RANGE, 0)
             raised, changed = raise_for_bias(observed, node, torch.tensor(params.scale), input_scales)
             origin = "min-max" + (f", {changed} channels raised for the bias" if changed else "")
+            if weight_scales == "per-tensor":
+                raised = raised.amax().expand_as(raised)
             rows[key] = make_row(key, msgspec.structs.replace(params, scale=to_floats(raised)), origin)
     return list(rows.values())
 
@@ -213,6 +221,13 @@ def raise_for_bias(
             lowest = torch.maximum(lowest, bias.abs() / (step * BIAS_LIMIT))
     raised = torch.maximum(scale, lowest)
     return raised, int((raised > scale).sum())
+
+
+def name_scheme(rows: Iterable[EncodingRow]) -> str:
+    """Return what a table says of its scheme: per tensor where the channels of every weight have one scale."""
+    of_weights = [row.params.scale for row in rows if row.port == "weight"]
+    shared = any(len(scale) > 1 for scale in of_weights) and all(len(set(scale)) == 1 for scale in of_weights)
+    return PER_TENSOR if shared else PER_CHANNEL
 
 
 def _params(watcher: SymmetricObserver, key: str, limits: tuple[int, int], axis: int | None) -> QuantParams:

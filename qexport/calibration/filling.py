@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qexport.calibration.calibrator import (
-    SCHEME,
     Observed,
     activation_rows,
     make_row,
     name_observer,
+    name_scheme,
     raise_for_bias,
     show,
     to_floats,
@@ -29,7 +29,7 @@ from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import WEIGHT_RANGE, EncodingRow, Encodings, QuantParams, digest_of_rows, origin_of
 from qexport.errors import CalibrationError, CheckpointError
-from qexport.settings import ObserverName
+from qexport.settings import ObserverName, WeightScales
 
 _LISTED = 60
 
@@ -42,6 +42,7 @@ def encodings_from_checkpoint(
     strict: bool = False,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,
+    weight_scales: WeightScales = "per-channel",
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
     on_image: Callable[[], None] = lambda: None,
@@ -55,6 +56,7 @@ def encodings_from_checkpoint(
         strict: refuse rows that the checkpoint does not say, or that int8 with zero point 0 cannot express.
         observer: for the tensors that the checkpoint does not say.
         percentile: for the observer of that name.
+        weight_scales: of the weights that the checkpoint does not say.
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin.
         on_image: called after each frame.
@@ -78,7 +80,7 @@ def encodings_from_checkpoint(
     needed = any(not key.endswith("/weight") for key in unsaid)
     images = _show(observed, frames, on_image, needed=needed, empty=static.example_input())
     source = name_observer(observer, percentile)
-    rows = _rows(observed, source, trained, weights)
+    rows = _rows(observed, source, trained, weights, weight_scales)
     if strict:
         _refuse_requantized(rows, checkpoint)
     origin: dict[str, str | int | float] = {
@@ -91,7 +93,7 @@ def encodings_from_checkpoint(
         origin["qat note"] = " ".join(checkpoint.notes)
     return Encodings(
         detector_sha256=own,
-        scheme=SCHEME,
+        scheme=name_scheme(rows),
         calibration={**origin, **(notes or {})},
         keep_float=keep_float,
         rows=rows,
@@ -150,7 +152,11 @@ def _show(
 
 
 def _rows(
-    observed: Observed, source: str, trained: Mapping[str, Expressed], weights: Mapping[str, Expressed]
+    observed: Observed,
+    source: str,
+    trained: Mapping[str, Expressed],
+    weights: Mapping[str, Expressed],
+    weight_scales: WeightScales,
 ) -> tuple[EncodingRow, ...]:
     activations = [
         msgspec.structs.replace(row, params=QuantParams(said.scale), source=said.source)
@@ -161,7 +167,7 @@ def _rows(
     scales = {row.key: row.params.scale[0] for row in activations}
     nodes = {key: node for key, node, _ in observed.weights()}
     rows = []
-    for row in weight_rows(observed, scales):
+    for row in weight_rows(observed, scales, weight_scales):
         said = weights.get(row.key)
         if said is None:
             rows.append(msgspec.structs.replace(row, source=f"calibrated {row.source}"))

@@ -62,6 +62,7 @@ def exact_command() -> str:
 
 
 Observer: TypeAlias = Literal["min-max", "percentile", "mse"]
+WeightScales: TypeAlias = Literal["per-channel", "per-tensor"]
 Preprocess: TypeAlias = Literal["inside", "outside"]
 
 Model: TypeAlias = Annotated[
@@ -232,6 +233,13 @@ Percentile: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+_WEIGHT_SCALES = typer.Option(
+    "--weight-scales",
+    rich_help_panel=_CALIBRATION,
+    help="A scale for each output channel of a weight, or one for the whole weight, as older runtimes force it.",
+)
+WeightScalesOption: TypeAlias = Annotated[WeightScales, _WEIGHT_SCALES]
+WeightScalesChange: TypeAlias = Annotated[WeightScales | None, _WEIGHT_SCALES]
 _IMAGES = typer.Option(
     "--images", metavar="N", min=1, rich_help_panel=_CALIBRATION, help="How many images calibrate."
 )

@@ -30,6 +30,7 @@ def run(
     seed: options.Seed = 0,
     observer: options.ObserverOption = "min-max",
     percentile: options.Percentile = None,
+    weight_scales: options.WeightScalesOption = "per-channel",
     images: options.Images = 64,
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
@@ -74,7 +75,7 @@ def run(
     """
     settings = _settings(
         model, data, weights, split, classes, seed,
-        observer, percentile, images, calibration_data, calibration_split, keep_float, target_option,
+        observer, percentile, weight_scales, images, calibration_data, calibration_split, keep_float, target_option,
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
@@ -129,6 +130,7 @@ def inspect(
     seed: options.Seed = 0,
     observer: options.ObserverOption = "min-max",
     percentile: options.Percentile = None,
+    weight_scales: options.WeightScalesOption = "per-channel",
     images: options.Images = 64,
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
@@ -159,7 +161,7 @@ def inspect(
 
     settings = _settings(
         model, data, weights, split, classes, seed,
-        observer, percentile, images, calibration_data, calibration_split, keep_float, target_option,
+        observer, percentile, weight_scales, images, calibration_data, calibration_split, keep_float, target_option,
         frame, proposals, detections, preprocess,
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
@@ -209,6 +211,7 @@ def _settings(
     seed: int,
     observer: options.Observer,
     percentile: float | None,
+    weight_scales: options.WeightScales,
     images: int,
     calibration_data: Path | None,
     calibration_split: str | None,
@@ -239,6 +242,7 @@ def _settings(
         calibration_images=images,
         observer=observer,
         percentile=_PERCENTILE if percentile is None else percentile,
+        weight_scales=weight_scales,
         keep_float=tuple(keep_float or ()),
         target_options=tuple(target_option or ()),
         split=split,

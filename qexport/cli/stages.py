@@ -26,6 +26,7 @@ def calibrate(
     run: options.Run,
     observer: options.ObserverChange = None,
     percentile: options.Percentile = None,
+    weight_scales: options.WeightScalesChange = None,
     images: options.ImagesChange = None,
     calibration_data: options.CalibrationData = None,
     calibration_split: options.CalibrationSplit = None,
@@ -50,6 +51,7 @@ def calibrate(
         {
             "observer": observer,
             "percentile": percentile,
+            "weight_scales": weight_scales,
             "calibration_images": images,
             "calibration_data": str(calibration_data) if calibration_data else None,
             "calibration_split": calibration_split,

@@ -129,6 +129,7 @@ def qat(
     ] = 0.5,
     observer: options.ObserverOption = "min-max",
     percentile: options.Percentile = None,
+    weight_scales: options.WeightScalesOption = "per-channel",
     calibration_images: Annotated[
         int,
         typer.Option(
@@ -253,6 +254,7 @@ def qat(
         calibration_images=calibration_images,
         observer=observer,
         percentile=_PERCENTILE if percentile is None else percentile,
+        weight_scales=weight_scales,
         keep_float=tuple(keep_float or ()),
         split=val_split,
         seed=seed,

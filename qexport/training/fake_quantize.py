@@ -60,12 +60,18 @@ class ActivationFakeQuantize(SymmetricObserver):
 
 
 class WeightFakeQuantize(SymmetricObserver):
-    """Rounds a weight to its int8 grid, one scale per output channel, of the weight as it is now or frozen."""
+    """Rounds a weight to its int8 grid, its scales those of the weight as it is now or frozen.
+
+    Args:
+        whole: the channels share the scale of the widest.
+        spec: as torchao gives it.
+    """
 
     frozen: Tensor | None
 
-    def __init__(self, **spec: object) -> None:
+    def __init__(self, *, whole: bool = False, **spec: object) -> None:
         super().__init__(**spec)  # type: ignore[arg-type]
+        self._whole = whole
         self.register_buffer("frozen", None)
         # In tuples, so that the same parameters are not registered here once more.
         self._weight: tuple[Tensor, ...] = ()
@@ -91,7 +97,7 @@ class WeightFakeQuantize(SymmetricObserver):
         scale = (weight.detach().flatten(1).abs().amax(1) / _STEPS).clamp(min=SMALLEST_SCALE)
         for source, bias in self._uses:
             scale = torch.maximum(scale, bias.detach().abs() / (source.scale() * BIAS_LIMIT))
-        return scale
+        return scale.amax().expand_as(scale).contiguous() if self._whole else scale
 
     def freeze(self) -> None:
         """Keep the scales as they are now."""

@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from qexport.detectors.static import StaticDetector
-from qexport.encodings import EncodingRow, Encodings, digest_of_rows, row_key
+from qexport.encodings import PER_TENSOR, EncodingRow, Encodings, digest_of_rows, row_key
 from qexport.errors import CalibrationError
 from qexport.quantization.graph import (
     argument_node,
@@ -108,8 +108,9 @@ class TrainingNetwork(nn.Module):
         kept = encodings.keep_float
         pools = any(row.key == POOLED_KEY for row in encodings.rows)
         of_head = _HeadQuantizer if pools else SymmetricInt8Quantizer
-        self.trunk, trunk_keys = _prepare(Trunk(folded), image, SymmetricInt8Quantizer, kept)
-        self.head, head_keys = _prepare(Head(folded), pooled, of_head, kept)
+        weights = WeightFakeQuantize.with_args(whole=encodings.scheme == PER_TENSOR)
+        self.trunk, trunk_keys = _prepare(Trunk(folded), image, SymmetricInt8Quantizer, weights, kept)
+        self.head, head_keys = _prepare(Head(folded), pooled, of_head, weights, kept)
         self.activations: dict[str, ActivationFakeQuantize] = {}
         self.weights: dict[str, list[WeightFakeQuantize]] = {}
         self.observing = True
@@ -251,7 +252,11 @@ class TrainingNetwork(nn.Module):
 
 
 def _prepare(
-    module: nn.Module, example: Tensor, kind: type[SymmetricInt8Quantizer], keep_float: tuple[str, ...]
+    module: nn.Module,
+    example: Tensor,
+    kind: type[SymmetricInt8Quantizer],
+    weights: object,
+    keep_float: tuple[str, ...],
 ) -> tuple[GraphModule, dict[str, str]]:
     """Return a part with fake quantizers, and the encodings keys of its nodes by name."""
     graph = export_module(module, example, {0: torch.export.Dim("number", min=1, max=2**20)})
@@ -261,7 +266,7 @@ def _prepare(
         keys[given.name] = POOLED_KEY
     quantizer = kind(
         lambda _: activation_spec(ActivationFakeQuantize),
-        lambda _: weight_spec(WeightFakeQuantize),
+        lambda _: weight_spec(weights),
         keep_float=keep_float,
     )
     with warnings.catch_warnings(), torch.no_grad():

@@ -2,9 +2,11 @@
 
 Between a layer and the next, a channel may be divided by any positive number and the next layer's weights multiplied
 by it: ReLU and max pooling let it pass, so that nothing changes in float (Nagel et al., Data-Free Quantization Through
-Weight Equalization and Bias Correction, 2019, section 4.1). Weights have a scale for each output channel here, so that
-it is the activation whose channels have to be brought together: the factor is that of SmoothQuant (Xiao et al., 2023,
-equation 4, alpha 0.5), square root of the activation's range over that of the weights that read it.
+Weight Equalization and Bias Correction, 2019, section 4.1). Where weights have a scale for each output channel it is
+the activation whose channels have to be brought together: the factor is that of SmoothQuant (Xiao et al., 2023,
+equation 4, alpha 0.5), square root of the activation's range over that of the weights that read it. Where a weight has
+one scale, its channels have to be: the factor is that of the former paper, square root of the range of the channel's
+own weights over that of those that read it, over and over until they hold still.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qexport.detectors.static import StaticDetector
-from qexport.quantization.graph import export_graph, op_name, site_of
+from qexport.quantization.graph import argument_node, export_graph, op_name, site_of
 from qexport.quantization.quantizer import WEIGHTED
+from qexport.settings import WeightScales
 
 _PASSES = ("relu", "max_pool2d", "dropout")
 """What a positive factor passes through."""
 _SMALLEST = 1e-6
+SWEEPS = 20
+"""How often all links are gone through where weights are brought together: each moves what its neighbours found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +43,44 @@ class Link:
 
 
 def equalize(
-    folded: StaticDetector, frames: Iterable[NDArray[np.generic]]
+    folded: StaticDetector,
+    frames: Iterable[NDArray[np.generic]],
+    *,
+    weight_scales: WeightScales = "per-channel",
 ) -> tuple[StaticDetector, tuple[Link, ...]]:
     """Return a detector that computes the same with channels of more equal range.
 
     Args:
         folded: the static detector, BatchNorm folded; it is not changed.
-        frames: what it takes.
+        frames: what it takes; looked at only where weights have a scale for each channel.
+        weight_scales: how the weights are quantized, which decides what is brought together.
 
     Returns:
         The detector, and between which layers channels were scaled.
     """
     graph = export_graph(folded)
     links = find_links(graph)
-    ranges = _channel_ranges(graph, links, frames)
+    whole = weight_scales == "per-tensor"
+    ranges = {} if whole else _channel_ranges(graph, links, frames)
     equal = copy.deepcopy(folded)
     with torch.no_grad():
-        for link in links:
+        for link in links * (SWEEPS if whole else 1):
+            producer = equal.get_submodule(link.producer)
             readers = [equal.get_submodule(path) for path in link.readers]
-            weights = torch.stack([_input_ranges(reader) for reader in readers]).amax(0)
-            factors = (ranges[link.producer].clamp(min=_SMALLEST) / weights.clamp(min=_SMALLEST)).sqrt()
-            # A channel that is silent has nothing to be equalised.
-            factors[ranges[link.producer] < _SMALLEST] = 1.0
-            _scale(equal.get_submodule(link.producer), readers, factors)
+            own = _output_ranges(producer) if whole else ranges[link.producer]
+            read = torch.stack([_input_ranges(reader) for reader in readers]).amax(0)
+            factors = (own.clamp(min=_SMALLEST) / read.clamp(min=_SMALLEST)).sqrt()
+            # A channel that is silent, or that nothing reads, has nothing to be equalised.
+            factors[(own < _SMALLEST) | (read < _SMALLEST)] = 1.0
+            _scale(producer, readers, factors)
     return equal, links
 
 
 def find_links(graph: GraphModule) -> tuple[Link, ...]:
-    """Return where a channel can be scaled: every reader, behind ReLU and max pooling, is a layer of one group."""
+    """Return where a channel can be scaled: every reader, behind ReLU and max pooling, is a layer.
+
+    It is of one group or depthwise, so that it has weights of its own for each channel that it reads.
+    """
     nodes: dict[str, list[Node]] = {}
     for node in graph.graph.nodes:
         if op_name(node) in WEIGHTED:
@@ -77,7 +92,7 @@ def find_links(graph: GraphModule) -> tuple[Link, ...]:
         paths = tuple(
             dict.fromkeys(site_of(reader).path for reader in readers if op_name(reader) in WEIGHTED)
         )
-        whole = all(op_name(reader) in WEIGHTED and _groups(reader) == 1 for reader in readers)
+        whole = all(op_name(reader) in WEIGHTED and _reads_channels(reader) for reader in readers)
         # A layer that reads this output in one call and another in the next cannot be scaled for both.
         alone = all(_reads_only(nodes[reader], calls) for reader in paths) and not taken & set(paths)
         if readers and whole and alone and path not in paths:
@@ -111,6 +126,11 @@ def _groups(node: Node) -> int:
     return groups
 
 
+def _reads_channels(node: Node) -> bool:
+    """Tell whether a layer has weights of its own for each channel that it reads."""
+    return _groups(node) == 1 or argument_node(node, 1).meta["val"].shape[1] == 1
+
+
 def _channel_ranges(
     graph: GraphModule, links: Iterable[Link], frames: Iterable[NDArray[np.generic]]
 ) -> Mapping[str, Tensor]:
@@ -139,10 +159,21 @@ class _Watcher(Interpreter):
         return result
 
 
-def _input_ranges(reader: nn.Module) -> Tensor:
-    weight = reader.weight
+def _output_ranges(producer: nn.Module) -> Tensor:
+    weight = producer.weight
     assert isinstance(weight, Tensor)
-    return weight.transpose(0, 1).flatten(1).abs().amax(1)
+    return weight.flatten(1).abs().amax(1)
+
+
+def _input_ranges(reader: nn.Module) -> Tensor:
+    weight, groups = reader.weight, _groups_of(reader)
+    assert isinstance(weight, Tensor)
+    by_input = weight.reshape(groups, -1) if groups > 1 else weight.transpose(0, 1).flatten(1)
+    return by_input.abs().amax(1)
+
+
+def _groups_of(reader: nn.Module) -> int:
+    return reader.groups if isinstance(reader, nn.Conv2d) else 1
 
 
 def _scale(producer: nn.Module, readers: list[nn.Module], factors: Tensor) -> None:
@@ -154,4 +185,8 @@ def _scale(producer: nn.Module, readers: list[nn.Module], factors: Tensor) -> No
     for reader in readers:
         read = reader.weight
         assert isinstance(read, Tensor)
-        read *= factors.reshape(1, -1, *[1] * (read.dim() - 2))
+        # Depthwise, the outputs of a channel lie together: (channels * outputs of each, 1, ...).
+        each = (
+            factors.repeat_interleave(len(read) // len(factors)) if _groups_of(reader) > 1 else factors[None]
+        )
+        read *= each.reshape(*each.shape, *[1] * (read.dim() - each.dim()))
