@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from qexport.encodings import Encodings
 from qexport.files import sha256_file
+from qexport.observer_results import ObserverReport
 from qexport.work import Work
 
 
-def decide_encodings(work: Work) -> Encodings:
-    """Return the table of a run.
+def decide_encodings(work: Work) -> tuple[Encodings, ObserverReport | None]:
+    """Return the table of a run, and what --observer auto chose; None for another observer.
 
     Raises:
         CalibrationError: images that cannot give encodings.
@@ -20,6 +23,7 @@ def decide_encodings(work: Work) -> Encodings:
     from qexport.calibration.filling import encodings_from_checkpoint  # noqa: PLC0415
 
     settings, subject = work.settings, work.subject
+    chosen: list[ObserverReport] = []
     samples = subject.calibration_samples()
     checkpoint = subject.checkpoint
     notes: dict[str, str | int | float] = {
@@ -30,7 +34,7 @@ def decide_encodings(work: Work) -> Encodings:
     }
     with work.progress("calibrate" if checkpoint is None else "fill scales", len(samples)) as step:
         if checkpoint is None:
-            return calibrate(
+            encodings = calibrate(
                 subject.static,
                 subject.inputs(samples),
                 observer=settings.observer,
@@ -39,19 +43,26 @@ def decide_encodings(work: Work) -> Encodings:
                 keep_float=settings.keep_float,
                 notes=notes,
                 on_image=step,
+                on_choice=chosen.append,
             )
-        return encodings_from_checkpoint(
-            subject.static,
-            checkpoint,
-            subject.inputs(samples),
-            strict=settings.strict,
-            observer=settings.observer,
-            percentile=settings.percentile,
-            weight_scales=settings.weight_scales,
-            keep_float=subject.keep_float,
-            notes={"qat sha256": sha256_file(checkpoint.path), **notes},
-            on_image=step,
-        )
+        else:
+            encodings = encodings_from_checkpoint(
+                subject.static,
+                checkpoint,
+                subject.inputs(samples),
+                strict=settings.strict,
+                observer=settings.observer,
+                percentile=settings.percentile,
+                weight_scales=settings.weight_scales,
+                keep_float=subject.keep_float,
+                notes={"qat sha256": sha256_file(checkpoint.path), **notes},
+                on_image=step,
+                on_choice=chosen.append,
+            )
+    if settings.observer != "auto":
+        return encodings, None
+    report = chosen[0] if chosen else ObserverReport()  # a checkpoint that says every scale
+    return encodings, msgspec.structs.replace(report, rows_sha256=encodings.rows_sha256)
 
 
 def inputs_of_calibrate(work: Work) -> dict[str, object]:

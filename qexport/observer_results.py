@@ -6,6 +6,7 @@ import msgspec
 
 from qexport.layers import Stage
 
+OBSERVERS = "observers.json"
 MIN_MAX = "min-max"
 """The observer that the others are measured against."""
 
@@ -51,14 +52,14 @@ class ObserverReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     rows_sha256: str = ""
     """Of the encodings that came of it."""
-    images: int
+    images: int = 0
     """That the ranges of the comparison come from."""
-    held_out: int
+    held_out: int = 0
     """That the errors are measured on."""
-    min_max_db: float | None
+    min_max_db: float | None = None
     """Signal over noise at the heads' outputs, all int8, every tensor by min-max."""
-    chosen_db: float | None
+    chosen_db: float | None = None
     """The same by the chosen observers."""
-    stages: tuple[StageChoice, ...]
-    tensors: tuple[TensorChoice, ...]
+    stages: tuple[StageChoice, ...] = ()
+    tensors: tuple[TensorChoice, ...] = ()
     """In order of execution."""

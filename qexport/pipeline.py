@@ -39,6 +39,7 @@ from qexport.layers import DetectorReport
 from qexport.merging import merge
 from qexport.method_results import MethodsLatency, MethodsReport
 from qexport.methods import check_methods, measure_methods
+from qexport.observer_results import OBSERVERS
 from qexport.proposals import check_numbers, measure_proposals
 from qexport.results import (
     AccuracyReport,
@@ -135,15 +136,19 @@ def inspect(work: Work) -> DetectorReport:
 
 
 def calibrate(work: Work) -> Encodings:
-    """Decide every scale, from images or by a QAT checkpoint: `encodings.json`."""
+    """Decide every scale, from images or by a QAT checkpoint: `encodings.json`; with `auto` `observers.json` too."""
     inspect(work)
 
     def write() -> None:
-        encodings = decide_encodings(work)
+        encodings, observers = decide_encodings(work)
         work.folder.discard()  # a report never holds measurements of two tables
+        work.folder.file(OBSERVERS).unlink(missing_ok=True)
+        if observers is not None:
+            write_json(work.folder.file(OBSERVERS), observers)
         save_encodings(encodings, work.folder.file("encodings.json"))
 
-    if work.folder.stage("calibrate", inputs_of_calibrate(work), ["encodings.json"], write):
+    outputs = ["encodings.json", *([OBSERVERS] if work.settings.observer == "auto" else [])]
+    if work.folder.stage("calibrate", inputs_of_calibrate(work), outputs, write):
         work.forget_encodings()
     return work.encodings
 

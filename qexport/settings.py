@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-ObserverName = Literal["min-max", "percentile", "mse"]
+ObserverName = Literal["min-max", "percentile", "mse", "auto"]
 WeightScales = Literal["per-channel", "per-tensor"]
 PreprocessPlace = Literal["inside", "outside"]
 

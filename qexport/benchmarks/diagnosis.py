@@ -66,8 +66,8 @@ def diagnose(
     examined = _Examined(quantized, partly, frames)
     table = encodings.by_key()
     images = encodings.calibration.get("images", 0)
-    # A percentile cuts values on purpose.
-    cuts = str(encodings.calibration.get("observer", "")).startswith("percentile")
+    # A percentile cuts values on purpose, and auto may.
+    cuts = str(encodings.calibration.get("observer", "")).startswith(("percentile", "auto"))
     few = isinstance(images, int) and images < FEW_IMAGES and not cuts
     suspects = []
     for row in loudest:
@@ -197,7 +197,7 @@ def _explain(
         return "unequal channels", evidence, f"`qexport mend RUN --equalize`, or --keep-float {path}"
     times = f"the range of {row.key} is {outlying:.1f} times what 99.9 % of its values keep to"
     if outlying > OUTLYING:
-        return "outliers", times, "--observer mse, or --observer percentile"
+        return "outliers", times, "--observer auto, or --observer mse"
     return "rounding", times, f"`qexport mend RUN`, `qexport qat`, or --keep-float {path}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from qexport.calibration.choosing import Tensors, choose_observers, is_held_out
 from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import (
@@ -27,6 +28,7 @@ from qexport.encodings import (
     digest_of_rows,
 )
 from qexport.errors import CalibrationError
+from qexport.observer_results import ObserverReport
 from qexport.quantization.fold import fold_batch_norm
 from qexport.quantization.graph import (
     argument_node,
@@ -38,7 +40,7 @@ from qexport.quantization.graph import (
     site_of,
     weight_key,
 )
-from qexport.quantization.observers import ChannelMax, MagnitudeHistogram, SymmetricObserver
+from qexport.quantization.observers import ChannelMax, MagnitudeHistogram, SymmetricObserver, name_observer
 from qexport.quantization.quantizer import (
     WEIGHTED,
     SymmetricInt8Quantizer,
@@ -60,6 +62,7 @@ def calibrate(
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
     on_image: Callable[[], None] = lambda: None,
+    on_choice: Callable[[ObserverReport], None] = lambda _: None,
 ) -> Encodings:
     """Decide the quantization of a static detector from frames.
 
@@ -67,28 +70,37 @@ def calibrate(
         static: the detector; it is not changed.
         frames: what the artifact will be given: (H, W, 3) uint8 RGB frames, or (1, 3, h, w) float32 images
             where preprocessing is outside. One is held in memory at a time.
-        observer: how a tensor's clipping value is chosen.
+        observer: how a tensor's clipping value is chosen; with `auto` for each tensor by the error of what reads it.
         percentile: for the observer of that name.
         weight_scales: whether the channels of a weight share one scale.
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin (dataset hash, seed, split).
         on_image: called after each frame.
+        on_choice: called with what `auto` came to.
 
     Raises:
-        CalibrationError: no frames, a pattern that matches nothing, or activations that are not finite.
+        CalibrationError: no frames, too few for `auto`, a pattern that matches nothing, or activations that are not
+            finite.
     """
     observed = watch(static, observer=observer, percentile=percentile, keep_float=keep_float)
-    images = show(observed, frames, on_image)
+    if observer == "auto":
+        images, report = show_and_choose(observed, frames, on_image)
+        on_choice(report)
+    else:
+        images = show(observed, frames, on_image)
     if images == 0:
         raise CalibrationError("no image to calibrate with: choose another --calibration-split or folder.")
-    source = name_observer(observer, percentile)
-    activations = activation_rows(observed, source)
+    activations = activation_rows(observed)
     input_scales = {row.key: row.params.scale[0] for row in activations}
     rows = (*activations, *weight_rows(observed, input_scales, weight_scales))
     return Encodings(
         detector_sha256=fingerprint(static),
         scheme=name_scheme(rows),
-        calibration={"observer": source, "images": images, **(notes or {})},
+        calibration={
+            "observer": name_observer(observer, percentile),
+            "images": images,
+            **(notes or {}),
+        },
         keep_float=keep_float,
         rows=rows,
         float_rows=observed.float_rows,
@@ -106,7 +118,7 @@ class Observed:
     """Encodings key of what each operator computes, by node name."""
     float_rows: tuple[FloatRow, ...]
 
-    def activations(self) -> Iterator[tuple[str, SymmetricObserver]]:
+    def activations(self) -> Iterator[tuple[str, MagnitudeHistogram]]:
         """Yield the key of each activation with its observer; tensors of one scale have the same observer."""
         for node in self._watchers():
             watched = argument_node(node)
@@ -160,18 +172,62 @@ def show(
     return images
 
 
-def name_observer(observer: ObserverName, percentile: float) -> str:
-    """Return what a row says of the observer that decided its scale."""
-    return f"percentile {percentile:g}" if observer == "percentile" else observer
+def show_and_choose(
+    observed: Observed,
+    frames: Iterable[NDArray[np.generic]],
+    on_image: Callable[[], None] = lambda: None,
+    fixed: Collection[str] = (),
+) -> tuple[int, ObserverReport]:
+    """Let the observers see frames, and each take the method that the readers of its tensor lose least by.
+
+    The frames that the errors are measured on are kept from the observers until the methods are chosen; then the
+    ranges are those of all frames.
+
+    Args:
+        observed: the graph.
+        frames: at least two; one is held in memory, and the few that are measured on.
+        on_image: called after each frame.
+        fixed: keys of tensors that have their scale from elsewhere.
+
+    Returns:
+        How many frames there were, and what was chosen.
+
+    Raises:
+        CalibrationError: fewer than two frames.
+    """
+    held_out: list[NDArray[np.generic]] = []
+
+    def seen() -> Iterator[NDArray[np.generic]]:
+        for place, frame in enumerate(frames):
+            if not is_held_out(place):
+                yield frame
+                continue
+            held_out.append(frame)
+            on_image()
+
+    images = show(observed, seen(), on_image)
+    if not held_out:
+        raise CalibrationError(
+            f"--observer auto measures on images that the observers did not see, and there is {images or 'no'} "
+            "calibration image. Give more: --images 64, or choose another --observer."
+        )
+    tensors = Tensors(observed.graph, tuple(observed.activations()), frozenset(fixed))
+    report = choose_observers(tensors, held_out, images=images)
+    return images + show(observed, held_out), report
 
 
-def activation_rows(observed: Observed, source: str) -> list[EncodingRow]:
-    """Read the scales of activations off the observers, in order of execution."""
+def activation_rows(observed: Observed, before: str = "") -> list[EncodingRow]:
+    """Read the scales of activations off the observers, in order of execution.
+
+    Args:
+        observed: has seen frames.
+        before: what each row's source begins with.
+    """
     rows: dict[str, EncodingRow] = {}
     first_key: dict[int, str] = {}
     for key, watcher in observed.activations():
         first = first_key.setdefault(id(watcher), key)
-        origin = source if first == key else f"shared with {first}"
+        origin = before + watcher.name if first == key else f"shared with {first}"
         rows.setdefault(key, make_row(key, _params(watcher, key, ACTIVATION_RANGE, None), origin))
     return list(rows.values())
 

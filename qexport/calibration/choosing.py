@@ -104,7 +104,7 @@ def choose_observers(
         for frame in frames:
             errors.add(torch.from_numpy(frame))
         best = {key: errors.best(key) for key in tried}
-        stages, chosen, around = _take_stages(tensors, scales, best, frames)
+        stages, chosen, around = take_stages(tensors, scales, best, frames)
     for key, observer in tensors.observers.items():
         observer.method, observer.percentile = _CANDIDATES[chosen.get(key, MIN_MAX)]
     return ObserverReport(
@@ -294,7 +294,7 @@ class _Heads(Interpreter):
         return self._weights[node]
 
 
-def _take_stages(
+def take_stages(
     tensors: Tensors,
     scales: Mapping[str, Mapping[str, float]],
     best: Mapping[str, str],

@@ -14,10 +14,10 @@ from qexport.calibration.calibrator import (
     Observed,
     activation_rows,
     make_row,
-    name_observer,
     name_scheme,
     raise_for_bias,
     show,
+    show_and_choose,
     to_floats,
     watch,
     weight_rows,
@@ -29,6 +29,8 @@ from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import WEIGHT_RANGE, EncodingRow, Encodings, QuantParams, digest_of_rows, origin_of
 from qexport.errors import CalibrationError, CheckpointError
+from qexport.observer_results import ObserverReport
+from qexport.quantization.observers import name_observer
 from qexport.settings import ObserverName, WeightScales
 
 _LISTED = 60
@@ -46,6 +48,7 @@ def encodings_from_checkpoint(
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
     on_image: Callable[[], None] = lambda: None,
+    on_choice: Callable[[ObserverReport], None] = lambda _: None,
 ) -> Encodings:
     """Decide the quantization of a static detector by the scales that it was trained with.
 
@@ -60,6 +63,7 @@ def encodings_from_checkpoint(
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin.
         on_image: called after each frame.
+        on_choice: called with what `auto` came to, where something was left to choose.
 
     Raises:
         CheckpointError: scales of another detector, quantizers that never saw data, or, with `strict`, rows that are
@@ -78,13 +82,16 @@ def encodings_from_checkpoint(
             + " ".join((*checkpoint.notes, f"{advice}: they are calibrated then, and each row says so."))
         )
     needed = any(not key.endswith("/weight") for key in unsaid)
-    images = _show(observed, frames, on_image, needed=needed, empty=static.example_input())
-    source = name_observer(observer, percentile)
-    rows = _rows(observed, source, trained, weights, weight_scales)
+    if needed and observer == "auto":
+        images, report = show_and_choose(observed, frames, on_image, fixed=trained)
+        on_choice(report)
+    else:
+        images = _show(observed, frames, on_image, needed=needed, empty=static.example_input())
+    rows = _rows(observed, trained, weights, weight_scales)
     if strict:
         _refuse_requantized(rows, checkpoint)
     origin: dict[str, str | int | float] = {
-        "observer": source if images else "none",
+        "observer": name_observer(observer, percentile) if images else "none",
         "images": images,
         "qat": checkpoint.format,
         "qat scales not used": len({entry.buffer for entry in checkpoint.ranges} - claims.used),
@@ -153,7 +160,6 @@ def _show(
 
 def _rows(
     observed: Observed,
-    source: str,
     trained: Mapping[str, Expressed],
     weights: Mapping[str, Expressed],
     weight_scales: WeightScales,
@@ -162,7 +168,7 @@ def _rows(
         msgspec.structs.replace(row, params=QuantParams(said.scale), source=said.source)
         if (said := trained.get(row.key)) is not None
         else row
-        for row in activation_rows(observed, f"calibrated {source}")
+        for row in activation_rows(observed, "calibrated ")
     ]
     scales = {row.key: row.params.scale[0] for row in activations}
     nodes = {key: node for key, node, _ in observed.weights()}

@@ -61,7 +61,7 @@ def exact_command() -> str:
     return shlex.join(["qexport", *sys.argv[1:]])
 
 
-Observer: TypeAlias = Literal["min-max", "percentile", "mse"]
+Observer: TypeAlias = Literal["min-max", "percentile", "mse", "auto"]
 WeightScales: TypeAlias = Literal["per-channel", "per-tensor"]
 Preprocess: TypeAlias = Literal["inside", "outside"]
 
@@ -217,7 +217,12 @@ PreprocessOption: TypeAlias = Annotated[
 ]
 
 _OBSERVER = typer.Option(
-    "--observer", rich_help_panel=_CALIBRATION, help="How the range of a tensor is chosen."
+    "--observer",
+    rich_help_panel=_CALIBRATION,
+    help="How the range of a tensor is chosen: [bold]min-max[/bold], the largest value seen; [bold]percentile[/bold], "
+    "all but few of the values; [bold]mse[/bold], with the least squared error; [bold]auto[/bold], of these for each "
+    "tensor the one by which the layers that read it lose least, on calibration images that no observer saw, and "
+    "min-max where no gain is clear.",
 )
 ObserverOption: TypeAlias = Annotated[Observer, _OBSERVER]
 ObserverChange: TypeAlias = Annotated[Observer | None, _OBSERVER]

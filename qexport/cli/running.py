@@ -193,6 +193,8 @@ def _run_all(
     outcome = pipeline.run_all(work, targets, methods=methods, runs=runs, warmup=warmup, threads=threads)
     if settings.qat:
         screen.show_table(qat_options.origin_table(work.encodings))
+    if settings.observer == "auto":
+        screen.show_table(tables.observer_table(work.path))
     screen.show_table(tables.outcome_table(work.path, targets))
     for sentence in (*outcome.uncrossed, *outcome.untimed):
         screen.show(sentence)

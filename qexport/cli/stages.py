@@ -42,6 +42,7 @@ def calibrate(
     With --qat the detector gets the checkpoint's weights too.
 
       qexport calibrate runs/mine
+      qexport calibrate runs/mine --observer auto
       qexport calibrate runs/mine --observer mse --images 128 --keep-float 'backbone.body.conv1'
     """
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
@@ -66,6 +67,8 @@ def calibrate(
     origin = encodings.calibration
     if work.settings.qat:
         screen.show_table(qat_options.origin_table(encodings))
+    if work.settings.observer == "auto":
+        screen.show_table(tables.observer_table(work.path))
     screen.show(
         f"{len(encodings.rows)} rows, {len(encodings.float_rows)} layers float; "
         f"{origin['observer']} on {origin['images']} images of {origin['dataset']}/{origin['split']}"

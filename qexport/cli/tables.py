@@ -17,6 +17,7 @@ from qexport.engines import FOLDER, load_engines
 from qexport.errors import GateFailed, RunFolderError
 from qexport.files import read_json
 from qexport.layers import STAGES, DetectorReport
+from qexport.observer_results import OBSERVERS, ObserverReport
 from qexport.results import (
     Accuracy,
     AccuracyReport,
@@ -227,6 +228,25 @@ def accuracy_table(accuracy: AccuracyReport) -> Table:
         f"{accuracy.dropped_boxes} boxes dropped; points of 100"
     )
     return table
+
+
+def observer_table(run: Path) -> Table:
+    """Return a row for each stage in which `--observer auto` found another observer best than min-max."""
+    report = read_json(run / OBSERVERS, ObserverReport, RunFolderError)
+    table = make_table("stage", ">feature maps", ">at the heads, dB", "taken")
+    table.add_row("", "", _decibels(report.min_max_db), "min-max for all")
+    for one in report.stages:
+        taken = "yes" if one.taken else "no: the heads lose by it"
+        table.add_row(one.stage, str(one.tensors), _decibels(one.sqnr_db), taken)
+    table.caption = (
+        f"feature maps for which another observer is best, and signal to noise with it, on {report.held_out} "
+        f"calibration images that no observer saw; each of them: {run / OBSERVERS}"
+    )
+    return table
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def proposal_table(curve: ProposalCurve, latency: ProposalLatency | None) -> Table:

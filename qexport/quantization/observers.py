@@ -69,6 +69,8 @@ class Preset(SymmetricObserver):
 class MagnitudeHistogram(SymmetricObserver):
     """Histogram of absolute values in constant memory; the clipping value is chosen at the end.
 
+    With `auto` it counts, and is to be given the method that was found best before its scale is asked for.
+
     The range is a power of two above every value. It doubles when a value reaches it and pairs of bins are merged,
     so counts stay exact.
     """
@@ -105,6 +107,11 @@ class MagnitudeHistogram(SymmetricObserver):
             self.counts += torch.histc(part, BINS, 0.0, self.range).to(torch.int64)
         return x
 
+    @property
+    def name(self) -> str:
+        """What a row says of the observer that decided its scale."""
+        return name_observer(self.method, self.percentile)
+
     def scale(self) -> Tensor:
         """Return the scale that the method chooses; infinite where a value was not finite."""
         return self.scale_by(self.method, self.percentile)
@@ -133,6 +140,11 @@ class MagnitudeHistogram(SymmetricObserver):
         restored = torch.clamp(torch.round(centres / scale), max=_STEPS) * scale
         error = ((restored - centres) ** 2 * self.counts).sum(1)
         return float(candidates[int(error.argmin())])
+
+
+def name_observer(observer: ObserverName, percentile: float) -> str:
+    """Return what a table says of an observer."""
+    return f"percentile {percentile:g}" if observer == "percentile" else observer
 
 
 def round_up(scale: float) -> float:

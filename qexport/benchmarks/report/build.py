@@ -98,6 +98,7 @@ def report_document(run: RunResults) -> ReportDocument:
         diagnosis=run.diagnosis,
         sensitivity=run.sensitivity,
         methods=run.methods,
+        observers=run.observers,
     )
 
 
@@ -140,6 +141,8 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "cross": _cross(run),
         "sensitivity": _sensitivity(run),
         "methods": _methods(run),
+        "observers": run.observers,
+        "observer_names": tables.observer_names(run.observers) if run.observers else (),
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,
         "baselines": tables.BASELINES,

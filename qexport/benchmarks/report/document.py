@@ -18,6 +18,7 @@ from qexport.encodings import Encodings, FloatRow, origin_of
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
 from qexport.method_results import MethodsLatency, MethodsReport
+from qexport.observer_results import ObserverReport
 from qexport.results import (
     AccuracyReport,
     Complexity,
@@ -126,6 +127,8 @@ class ReportDocument(_Part, frozen=True):
     """Who did it, where accuracy fell by more than its gate."""
     sensitivity: SensitivityReport | None = None
     methods: MethodsReport | None = None
+    observers: ObserverReport | None = None
+    """What `--observer auto` chose."""
     format_version: Literal[1] = FORMAT_VERSION
 
 

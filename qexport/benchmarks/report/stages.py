@@ -22,6 +22,7 @@ from qexport.errors import RunFolderError
 from qexport.files import read_json, sha256_json
 from qexport.layers import DetectorReport
 from qexport.method_results import FLOAT, MethodsLatency, MethodsReport
+from qexport.observer_results import ObserverReport
 from qexport.results import (
     AccuracyReport,
     Complexity,
@@ -64,6 +65,7 @@ CROSS = Stage("targets against each other", "cross.json", CrossReport, "compare"
 METHODS = Stage("methods", "methods.json", MethodsReport, "evaluate")
 METHODS_LATENCY = Stage("latency of methods", "methods_latency.json", MethodsLatency, "evaluate")
 DIAGNOSIS = Stage("culprit", "diagnosis.json", Diagnosis, "evaluate")
+OBSERVERS = Stage("observers", "observers.json", ObserverReport, "calibrate")
 SENSITIVITY = Stage("sensitivity", "sensitivity.json", SensitivityReport, "sensitivity")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
@@ -117,6 +119,8 @@ class RunResults:
     """None where accuracy kept its gates."""
     sensitivity: SensitivityReport | None = None
     """None where nobody asked for it."""
+    observers: ObserverReport | None = None
+    """None where one observer was named for all."""
 
 
 class _Reader:
@@ -190,6 +194,7 @@ def read_run(run: Path) -> RunResults:
         methods_latency=_read_methods_latency(reader, methods) if methods else None,
         diagnosis=_read_diagnosis(reader, accuracy),
         sensitivity=_read_sensitivity(reader, encodings),
+        observers=_read_observers(run, encodings),
         missing=tuple(reader.missing),
     )
 
@@ -247,6 +252,14 @@ def _read_sensitivity(reader: _Reader, encodings: Encodings | None) -> Sensitivi
         return found
     reader.miss(SENSITIVITY, "", "was measured with other encodings")
     return None
+
+
+def _read_observers(run: Path, encodings: Encodings | None) -> ObserverReport | None:
+    path = run / OBSERVERS.file
+    if encodings is None or not path.is_file():
+        return None
+    found = read_json(path, OBSERVERS.kind, RunFolderError)
+    return found if found.rows_sha256 == encodings.rows_sha256 else None
 
 
 def _target_names(run: Path) -> Sequence[str]:

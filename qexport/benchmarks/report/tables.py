@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qexport.artifact import Artifact, Rung
 from qexport.benchmarks.report import formats
 from qexport.encodings import EncodingRow, Encodings, Origin, origin_of
+from qexport.observer_results import ObserverReport
 from qexport.results import (
     Accuracy,
     AccuracyReport,
@@ -92,6 +93,11 @@ def scale_origins(encodings: Encodings | None) -> tuple[ScaleOrigin, ...]:
         return ()
     found = {origin: tuple(row for row in encodings.rows if origin_of(row) == origin) for origin in _ORIGINS}
     return tuple(ScaleOrigin(origin, _ORIGINS[origin], rows) for origin, rows in found.items() if rows)
+
+
+def observer_names(report: ObserverReport) -> tuple[str, ...]:
+    """Return the observers that were compared, min-max first."""
+    return tuple(dict.fromkeys(name for tensor in report.tensors for name in tensor.sqnr_db))
 
 
 def differing_per_million(layer: LayerParity) -> float | None:
