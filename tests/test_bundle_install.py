@@ -80,6 +80,7 @@ def test_dry_run_prints_the_commands_and_makes_nothing(spoilt: Path, tmp_path: P
     lines = done.stdout.splitlines()
     assert lines[0] == f"python3 -m venv {venv}"
     assert lines[1].startswith(f"{venv}/bin/python -m pip install")
+    assert "--only-binary :all:" in lines[1]  # nothing is compiled on a board
     assert lines[1].endswith("-py3-none-any.whl[onnx-runtime]")
     assert lines[-1] == f"{venv}/bin/qexport verify {spoilt}"
     assert set(tmp_path.rglob("*")) == before

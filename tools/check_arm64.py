@@ -36,10 +36,18 @@ from qexport.files import read_json
 from qexport.verifying import VerifyReport, describe
 
 REPOSITORY = Path(__file__).parents[1]
-TOLERANCE_STEPS: dict[str, int | None] = {"tflite": None, "onnx": 4}
+TOLERANCE_STEPS: dict[str, int | None] = {"tflite": None, "onnx": 4, "executorch": None, "qnnpack": None}
 """By target. ONNX Runtime's QLinearAdd is 1 step off in single values, and what is computed of them 2."""
 _GLIBC = range(36, 16, -1)
 """Minor versions of glibc 2 that wheels for the release may ask for."""
+_PIP_OF_ARM = """
+import platform, runpy
+platform.machine = lambda: "aarch64"
+runpy.run_module("pip", run_name="__main__")
+"""
+"""pip takes files of the platform that it is told, but reads conditions of requirements as of its own machine."""
+_SOURCE_ONLY = {"executorch": ("antlr4-python3-runtime",)}
+"""By target, what its requirements name and the package index has as source alone, of pure Python."""
 _DIFFERS = 1
 
 
@@ -160,12 +168,17 @@ def _wheels(cache: Path, bundle: Path, manifest: BundleManifest) -> Path:
     folder = cache / "wheels"
     platforms = [f"manylinux_2_{minor}_aarch64" for minor in _GLIBC] + ["manylinux2014_aarch64"]
     _say(f"downloading wheels for arm64 and Python {PYTHON}")
+    for stale in folder.glob("qexport-*.whl"):
+        stale.unlink()  # of an earlier state of this checkout: pip keeps what is there
+    constraint = ("--constraint", str(REPOSITORY / "constraints.txt"))
+    pip = [sys.executable, "-c", _PIP_OF_ARM]
+    if names := _SOURCE_ONLY.get(manifest.target):
+        run_tool([*pip, "wheel", "--quiet", "--no-deps", *constraint, "--wheel-dir", str(folder), *names])
     run_tool(
         [
-            sys.executable,
-            *("-m", "pip", "download", "--quiet", "--only-binary", ":all:", "--python-version", PYTHON),
+            *(*pip, "download", "--quiet", "--only-binary", ":all:", "--python-version", PYTHON),
             *(word for platform in platforms for word in ("--platform", platform)),
-            *("--constraint", str(REPOSITORY / "constraints.txt")),
+            *(*constraint, "--find-links", str(folder)),
             *("--dest", str(folder), f"{bundle / manifest.wheel}[{manifest.extra}]"),
         ]
     )

@@ -7,17 +7,21 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 usage() {
     cat <<'HELP'
-usage: install.sh BUNDLE [--venv FOLDER] [--wheels FOLDER] [--no-apt] [--no-verify] [--dry-run]
+usage: install.sh BUNDLE [--venv FOLDER] [--wheels FOLDER] [--torch-index URL] [--no-apt] [--no-verify] [--dry-run]
 
 Run it on the Raspberry Pi: Raspberry Pi OS 12 or 13, 64-bit. It looks at the system first, installs python3-venv
 with sudo apt-get if it is missing, makes a virtual environment, installs qexport from the bundle with the runtime
-that its artifact needs, and runs the bundle's golden frames. PyTorch is not installed and nothing is compiled; what
-is fetched are packages, from Debian's and pip's index.
+that its artifact needs, and runs the bundle's golden frames. Nothing is compiled; what is fetched are packages, from
+Debian's and pip's index. PyTorch is installed for the targets qnnpack and executorch alone, which run in it.
 
   BUNDLE           the folder that `qexport bundle` wrote, or its archive, which is unpacked beside itself
   --venv FOLDER    default: beside the bundle, its name with .venv behind it
   --wheels FOLDER  take Python packages from this folder and not from the index, for a board without a network;
                    `sh BUNDLE/install.sh --help` says how to fill it
+  --torch-index URL
+                   where PyTorch is taken from, for qnnpack and executorch: PyTorch's own index of CPU wheels, or one
+                   that you trust. Without it pip's usual index is asked, whose torch for 64-bit Arm is a CUDA build
+                   of 454 MB with CUDA's libraries on top. Default: the variable QEXPORT_TORCH_INDEX
   --no-apt         never ask for sudo: name what is missing and stop
   --no-verify      install only
   --dry-run        print the commands, run none
@@ -30,11 +34,12 @@ a bundle that was changed; 3 this system cannot run it, or something is missing 
 HELP
 }
 
-bundle='' venv='' wheels='' verify=1 with_apt=1
+bundle='' venv='' wheels='' torch_index='' verify=1 with_apt=1
 while [ $# -gt 0 ]; do
     case $1 in
         --venv) need_value "$1" $#; venv=$2; shift ;;
         --wheels) need_value "$1" $#; wheels=$2; shift ;;
+        --torch-index) need_value "$1" $#; torch_index=$2; shift ;;
         --no-apt) with_apt=0 ;;
         --no-verify) verify=0 ;;
         --dry-run) dry_run=1 ;;
@@ -93,7 +98,7 @@ fi
 # The bundle's own script checks the digests, makes the environment and verifies.
 set -- "$bundle/install.sh" --venv "$(absolute "${venv:-$bundle.venv}")"
 [ -z "$wheels" ] || set -- "$@" --wheels "$wheels"
+[ -z "$torch_index" ] || set -- "$@" --torch-index "$torch_index"
 [ "$verify" = 1 ] || set -- "$@" --no-verify
-# A missing wheel is an answer; an hour of compiling on the board is none.
-run env PIP_ONLY_BINARY=:all: sh "$@" || exit $?
+run sh "$@" || exit $?
 [ "$dry_run" = 1 ] || say "next: measure.sh $(quoted "$bundle")${venv:+ --venv $(quoted "$venv")}"

@@ -108,13 +108,15 @@ version=${about% *} bits=${about#* }
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     fail "$MISSING" "$python cannot make virtual environments. sudo apt-get install python$version-venv"
 
-# pip_install WHAT...
+# pip_install WHAT...: a missing wheel is an answer, an hour of compiling on a board is none. ExecuTorch asks for one
+# package of pure Python of which the index has the source alone.
 pip_install() {
     if [ -n "$wheels" ]; then
-        run "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-index --find-links "$wheels" "$@"
+        set -- --no-index --find-links "$wheels" "$@"
     else
-        run "$venv/bin/python" -m pip install --disable-pip-version-check --quiet "$@"
+        set -- --only-binary :all: --no-binary antlr4-python3-runtime "$@"
     fi
+    run "$venv/bin/python" -m pip install --disable-pip-version-check --quiet "$@"
 }
 
 # What the bundle's qexport asks of PyTorch, as its wheel says it, a line each.

@@ -62,7 +62,7 @@ INSTALL = """
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 venv="$here.venv"
-echo "install $* ${PIP_ONLY_BINARY:-}" >>"$CALLS"
+echo "install $*" >>"$CALLS"
 while [ $# -gt 0 ]; do case $1 in --venv) venv=$2; shift ;; esac; shift; done
 mkdir -p "$venv/bin" && cp "$here/wheel/qexport" "$venv/bin/qexport" && cp "$here/wheel/python" "$venv/bin/python"
 exit "${INSTALL_ANSWERS:-0}"

@@ -36,7 +36,7 @@ def test_over_ssh_installs_verifies_measures_and_brings_back(
         )  # fmt: skip
     place = tmp_path / "home" / "qexport-pi"
     assert calls(tmp_path)[-3:] == [
-        f"install --venv {place}/bundle.venv --no-verify :all:",
+        f"install --venv {place}/bundle.venv --no-verify",
         "verify|bundle|--threads|1|--json|results/verify.json|",
         "bench|bundle|--runs|9|--warmup|10|--threads|1|--out|results/measurement.json|",
     ]

@@ -88,13 +88,19 @@ def test_folder_that_is_no_bundle_is_refused(name: str, board: dict[str, str], t
     assert "no bundle.json and install.sh there" in said
 
 
-def test_install_runs_the_bundles_own_script_with_wheels_alone(
-    bundle: Path, board: dict[str, str], tmp_path: Path
-) -> None:
+def test_install_runs_the_bundles_own_script(bundle: Path, board: dict[str, str], tmp_path: Path) -> None:
     said = run_script("install.sh", bundle, cwd=tmp_path, variables=board).stderr
     assert "Raspberry Pi 5 Model B Rev 1.0, Debian GNU/Linux 13, arm64\n" in said
-    assert calls(tmp_path) == [f"install --venv {bundle}.venv :all:"]
+    assert calls(tmp_path) == [f"install --venv {bundle}.venv"]
     assert "next: measure.sh" in said
+
+
+def test_install_hands_on_where_pytorch_comes_from(
+    bundle: Path, board: dict[str, str], tmp_path: Path
+) -> None:
+    index = "https://index.example/cpu"
+    run_script("install.sh", bundle, "--torch-index", index, cwd=tmp_path, variables=board)
+    assert calls(tmp_path) == [f"install --venv {bundle}.venv --torch-index {index}"]
 
 
 def test_install_unpacks_an_archive_beside_itself(
@@ -104,7 +110,7 @@ def test_install_unpacks_an_archive_beside_itself(
         archive.add(bundle, arcname="mine.qbundle")
     run_script("install.sh", "renamed.tar", "--no-verify", cwd=tmp_path, variables=board)
     assert (tmp_path / "renamed" / "bundle.json").is_file()
-    assert calls(tmp_path) == [f"install --venv {tmp_path}/renamed.venv --no-verify :all:"]
+    assert calls(tmp_path) == [f"install --venv {tmp_path}/renamed.venv --no-verify"]
     again = run_script("install.sh", "renamed.tar", cwd=tmp_path, code=2, variables=board)
     assert "renamed is there already" in again.stderr
 
@@ -176,7 +182,7 @@ def test_install_dry_run_touches_nothing(bundle: Path, board: dict[str, str], tm
         "install.sh", bundle, "--dry-run", cwd=tmp_path, variables=without_ensurepip(board, tmp_path)
     ).stdout
     assert "sudo apt-get install -y --no-install-recommends python3-venv\n" in printed
-    assert f"env PIP_ONLY_BINARY=:all: sh {bundle}/install.sh --venv {bundle}.venv\n" in printed
+    assert f"sh {bundle}/install.sh --venv {bundle}.venv\n" in printed
     assert calls(tmp_path) == []
     assert not Path(f"{bundle}.venv").exists()
 
