@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FOLDER = "sensitivity"
 REPORT = "sensitivity.json"
-ORDER_IMAGES = 2
+ORDER_IMAGES = 8
 """Images that decide the order in which units become float."""
 _SPLITS = ("val", "valid", "validation")
 

@@ -24,7 +24,7 @@ from qexport.quantization.inspection import inspect_layers
 from qexport.quantization.partial import PartlyQuantized
 from qexport.quantization.reference import quantize
 from qexport.results import ParityReport
-from qexport.settings import ObserverName
+from qexport.settings import ObserverName, WeightScales
 
 __all__ = ["copied", "place"]
 
@@ -38,12 +38,14 @@ def diagnosed(
     calibrate_on: list[Frame] | None = None,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,
+    weight_scales: WeightScales = "per-channel",
 ) -> Diagnosis:
     encodings = calibrate(
         static,
         frames if calibrate_on is None else calibrate_on,
         observer=observer,
         percentile=percentile,
+        weight_scales=weight_scales,
         notes={"images": 64 if calibrate_on is None else len(calibrate_on)},
     )
     quantized = quantize(static, encodings)
@@ -82,6 +84,29 @@ def test_channel_that_takes_the_range_of_all_is_found(
     assert worst.path.startswith("backbone.body.layer2.0")
     assert "--equalize" in worst.mend
     assert worst.path in found.sentence
+
+
+def test_weight_whose_unequal_channels_share_a_scale_is_found(
+    demo: LoadedDetector, demo_static: StaticDetector, calibration_frames: list[Frame]
+) -> None:
+    def silence_a_channel(module: nn.Module) -> None:
+        """Let a channel fall silent, and one that reads nothing else have huge weights: its output is but its bias."""
+        block = module.get_submodule("backbone.body.layer2.0")
+        norm, reader = block.get_submodule("bn1"), block.get_submodule("conv2")
+        assert isinstance(norm.weight, Tensor)
+        assert isinstance(norm.bias, Tensor)
+        assert isinstance(reader.weight, Tensor)
+        norm.weight[0], norm.bias[0] = 0.0, -1.0
+        reader.weight[0] = 0.0
+        reader.weight[0, 0] = 300.0 * reader.weight.abs().amax()
+
+    harmed = scaled(demo, demo_static, silence_a_channel)
+    found = diagnosed(harmed, calibration_frames, weight_scales="per-tensor")
+    worst = found.suspects[0]
+    assert worst.row == "backbone.body.layer2.0.conv2@0/weight"
+    assert worst.cause == "unequal channels"
+    assert "share a scale" in worst.evidence
+    assert "--weight-scales per-channel" in worst.mend
 
 
 def test_few_calibration_images_are_blamed_where_values_saturate(

@@ -13,7 +13,7 @@ from cli_fixtures import call, copied, place
 
 from qexport import pipeline
 from qexport.benchmarks.sensitivity import Unit, make_units, measure_noise
-from qexport.benchmarks.trade_off import TRIED_AGAIN, search
+from qexport.benchmarks.trade_off import search
 from qexport.encodings import load_encodings
 from qexport.errors import QexportError, RunFolderError
 from qexport.files import read_json
@@ -76,7 +76,23 @@ def test_search_finds_what_is_needed_with_few_evaluations() -> None:
     floats = set(found.points[found.chosen].keep_float)
     assert floats == {"path0", "path4"}  # 1, 2 and 3 were tried in int8 again
     assert len(asked) == len(set(asked))
-    assert len(asked) <= 2 + math.ceil(math.log2(len(UNITS))) + TRIED_AGAIN
+    # The ends, the bisection, and each unit that it came to: five, then the two that were left of them.
+    assert len(asked) <= 2 + math.ceil(math.log2(len(UNITS))) + 5 + 2
+
+
+def test_search_tries_again_what_others_that_are_gone_made_needed() -> None:
+    """Without unit1, unit0 alone is enough; beside it unit2 is needed, which is the dearer one."""
+    costs = {unit.name: float(index + 1) for index, unit in enumerate(UNITS)}
+
+    def evaluate(units: Sequence[Unit]) -> Point:
+        names = {unit.name for unit in units}
+        inside = "unit0" in names and ("unit1" not in names or "unit2" in names)
+        return point_of(units, 0.0 if inside else 0.01)
+
+    order = (UNITS[1], UNITS[0], *UNITS[2:])
+    found = search(order, costs, evaluate, max_drop=0.0)
+    assert found.chosen is not None
+    assert found.points[found.chosen].keep_float == ("path0",)
 
 
 def test_search_that_cannot_keep_the_budget_chooses_nothing_and_has_the_nearest() -> None:

@@ -45,6 +45,8 @@ class Options:
     learning_rate: float
     seed: int
     weight_decay: float = 0.02
+    trunk_factor: float = 1.0
+    """Learning rate of the trunk over that of the rest."""
 
 
 def main() -> None:
@@ -95,7 +97,7 @@ def train(make: Callable[[], nn.Module], options: Options, console: Console) -> 
     detector = make()
     detector.train()
     optimizer = torch.optim.AdamW(
-        detector.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        _groups(detector, options), lr=options.learning_rate, weight_decay=options.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     order: list[int] = []
@@ -117,6 +119,15 @@ def train(make: Callable[[], nn.Module], options: Options, console: Console) -> 
             console.print(f"step {step}: loss {np.mean(recent):.4f}")
             recent.clear()
     return detector.eval()
+
+
+def _groups(detector: nn.Module, options: Options) -> list[dict[str, object]]:
+    """Return the trunk's parameters and those of the rest, as the optimizer takes them."""
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in detector.named_parameters():
+        parts[not name.startswith("backbone.body.")].append(parameter)
+    rate = options.learning_rate
+    return [{"params": parts[0], "lr": rate * options.trunk_factor}, {"params": parts[1], "lr": rate}]
 
 
 def augmented(random: np.random.Generator, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:

@@ -178,7 +178,7 @@ def _explain(
 ) -> tuple[Cause, str, str]:
     """Return cause, evidence and what mends it, for a layer and its loudest row."""
     if row.port == "weight":
-        return _explain_weight(examined, row, path)
+        return _explain_weight(examined.weight(row.key).flatten(1).abs(), row, path)
     found, scale = examined.activation(row.key), row.params.scale[0]
     assert found.channels is not None  # at least one frame ran
     limit, share = 127 * scale, found.beyond / max(found.values, 1)
@@ -201,9 +201,17 @@ def _explain(
     return "rounding", times, f"`qexport mend RUN`, `qexport qat`, or --keep-float {path}"
 
 
-def _explain_weight(examined: _Examined, row: EncodingRow, path: str) -> tuple[Cause, str, str]:
-    weight = examined.weight(row.key).flatten(1)
-    peak = float((weight.abs().amax(1) / weight.square().mean(1).sqrt().clamp(min=1e-12)).median())
+def _explain_weight(magnitude: Tensor, row: EncodingRow, path: str) -> tuple[Cause, str, str]:
+    """Explain a weight's noise by its magnitudes, (output channels, weights of each)."""
+    channels = magnitude.amax(1)
+    unequal = float(channels.max() / channels.median().clamp(min=1e-12))
+    if unequal > UNEQUAL and len(set(row.params.scale)) == 1:
+        evidence = (
+            f"its widest channel has {unequal:.0f} times the range of the median one, and they share a scale"
+        )
+        mend = f"--weight-scales per-channel, `qexport mend RUN --equalize`, or --keep-float {path}"
+        return "unequal channels", evidence, mend
+    peak = float((channels / magnitude.square().mean(1).sqrt().clamp(min=1e-12)).median())
     evidence = f"its weights reach {peak:.0f} times their root mean square"
     cause: Cause = "weights with outliers" if peak > WEIGHTS_OUTLYING else "rounding"
     return cause, evidence, f"`qexport mend RUN`, `qexport qat`, or --keep-float {path}"

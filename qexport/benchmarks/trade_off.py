@@ -2,7 +2,7 @@
 
 Measuring mAP is dear, signal to noise is cheap. So noise decides in which order units become float, greedily: each
 time the one that takes away most noise for the time that it costs. Along that order the number of float units is
-found by bisection on mAP, and then the dearest of them are tried in int8 again.
+found by bisection on mAP, and then each of them is tried in int8 again, the dearest first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from qexport.quantization.local import proposals_node
 from qexport.quantization.partial import PartlyQuantized, Values
 from qexport.quantization.reference import QuantizedDetector
 from qexport.sensitivity_results import Point
-
-TRIED_AGAIN = 3
-"""How many float units are tried in int8 again at the end."""
 
 Evaluate = Callable[[Sequence[Unit]], Point]
 """Measures the accuracy with these units in float."""
@@ -105,16 +102,28 @@ def search(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if keeps(order[:middle]) else (middle, high)
-        found = list(order[:high])
-        # The last of them is needed; of the others the dearest are tried in int8 again.
-        for unit in sorted(found[:-1], key=lambda one: -costs[one.name])[:TRIED_AGAIN]:
-            fewer = [one for one in found if one is not unit]
-            if keeps(fewer):
-                found = fewer
+        found = _trimmed(order[:high], costs, keeps)
     points = tuple(measured.values())
     if found is None:
         return Search(points, None)
     return Search(points, list(measured).index(frozenset(unit.name for unit in found)))
+
+
+def _trimmed(
+    found: Sequence[Unit], costs: Mapping[str, float], keeps: Callable[[Sequence[Unit]], bool]
+) -> list[Unit]:
+    """Return the units without those, the dearest first, that the budget does not need in float.
+
+    What was needed beside others may not be once they are gone: mAP does not fall steadily with each unit.
+    """
+    kept, before = list(found), len(found) + 1
+    while len(kept) < before:
+        before = len(kept)
+        for unit in sorted(kept, key=lambda one: -costs[one.name]):
+            fewer = [one for one in kept if one is not unit]
+            if keeps(fewer):
+                kept = fewer
+    return kept
 
 
 def _ratio(outputs: Mapping[str, Sequence[Node]], floats: Sequence[Values], tried: Sequence[Values]) -> float:
