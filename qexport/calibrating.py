@@ -39,6 +39,7 @@ def decide_encodings(work: Work) -> tuple[Encodings, ObserverReport | None]:
                 subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                scheme=settings.scheme,
                 weight_scales=settings.weight_scales,
                 keep_float=settings.keep_float,
                 notes=notes,
@@ -53,6 +54,7 @@ def decide_encodings(work: Work) -> tuple[Encodings, ObserverReport | None]:
                 strict=settings.strict,
                 observer=settings.observer,
                 percentile=settings.percentile,
+                scheme=settings.scheme,
                 weight_scales=settings.weight_scales,
                 keep_float=subject.keep_float,
                 notes={"qat sha256": sha256_file(checkpoint.path), **notes},
@@ -73,6 +75,8 @@ def inputs_of_calibrate(work: Work) -> dict[str, object]:
         "images": subject.calibration.sha256,
         "options": [settings.calibration_images, settings.observer, settings.percentile, settings.seed],
     }
+    if settings.scheme != "int8":
+        inputs["scheme"] = settings.scheme
     if settings.weight_scales != "per-channel":
         inputs["weight scales"] = settings.weight_scales
     if settings.qat:

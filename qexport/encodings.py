@@ -23,6 +23,8 @@ ACTIVATION_RANGE = (-128, 127)
 WEIGHT_RANGE = (-127, 127)
 PER_CHANNEL, PER_TENSOR = "int8-symmetric-per-channel", "int8-symmetric-per-tensor"
 """The schemes: they differ in the scales of weights alone. With the second all channels of a weight have the same."""
+ACTIVATIONS = "int8-symmetric-activations"
+"""The scheme of feature maps alone: weights and biases stay float, and the table has no rows of weights."""
 
 
 class QuantParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +74,7 @@ class Encodings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detector_sha256: str
     """Fingerprint of architecture, weights and static form that the rows were made for."""
     scheme: str
-    """`PER_CHANNEL` or `PER_TENSOR`, as the rows are."""
+    """`PER_CHANNEL`, `PER_TENSOR` or `ACTIVATIONS`, as the rows are."""
     calibration: dict[str, str | int | float]
     """How the scales were decided: observer, images, seed, dataset hash."""
     keep_float: tuple[str, ...]
@@ -110,6 +112,14 @@ _ORIGINS: dict[Origin, str] = {
     "requantized": "requantized: ",
     "shared": "shared with ",
 }
+
+
+def without_weights(encodings: Encodings) -> Encodings:
+    """Return the table of the same feature maps with float weights."""
+    rows = tuple(row for row in encodings.rows if row.port != "weight")
+    return msgspec.structs.replace(
+        encodings, scheme=ACTIVATIONS, rows=rows, rows_sha256=digest_of_rows(rows, encodings.float_rows)
+    )
 
 
 def digest_of_rows(rows: tuple[EncodingRow, ...], float_rows: tuple[FloatRow, ...]) -> str:

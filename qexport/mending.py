@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qexport
-from qexport.encodings import PER_TENSOR, Encodings, QuantParams
+from qexport.encodings import ACTIVATIONS, PER_TENSOR, Encodings, QuantParams
 from qexport.errors import QexportError
 from qexport.files import write_json
 from qexport.settings import WeightScales
@@ -75,8 +75,13 @@ def mend(work: Work, means: Sequence[Means], *, images: int) -> tuple[MendReport
         What each gave, and the checkpoint.
 
     Raises:
-        QexportError: too few calibration images to hold some out.
+        QexportError: weights that are not quantized, or too few calibration images to hold some out.
     """
+    if work.encodings.scheme == ACTIVATIONS:
+        raise QexportError(
+            "mending is for quantized weights, and this run's stay float (--scheme activations). First: "
+            f"qexport calibrate {work.path} --scheme int8"
+        )
     samples = work.subject.calibration_samples()
     if len(samples) < 2:
         raise QexportError(

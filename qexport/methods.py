@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qexport import steps
+from qexport.encodings import without_weights
 from qexport.errors import QexportError, RunFolderError
 from qexport.files import read_json, sha256_json, write_json
 from qexport.method_results import FLOAT, METHODS, MethodName, MethodsLatency, MethodsReport
@@ -107,6 +108,7 @@ class _Forms:
                 subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
+                scheme=settings.scheme,
                 weight_scales=settings.weight_scales,
                 keep_float=settings.keep_float,
                 on_image=step,
@@ -125,6 +127,7 @@ class _Forms:
                 if settings.weight_scales == "per-channel"
                 else [len(images), settings.weight_scales]
             )
+            how += [] if settings.scheme == "int8" else [settings.scheme]
             return [*weights, sha256_json([self._work.subject.calibration.sha256, *how])]
         return weights if method == _DYNAMIC else [*weights, self._work.encodings.rows_sha256]
 
@@ -132,13 +135,14 @@ class _Forms:
         """Open what detects by a method."""
         from qexport.benchmarks import detect  # noqa: PLC0415 - torch begins here
         from qexport.benchmarks.methods import eager_dynamic  # noqa: PLC0415
-        from qexport.quantization.float_weights import with_float_weights  # noqa: PLC0415
+        from qexport.quantization.reference import quantize  # noqa: PLC0415
 
         if method == _PTQ:
             return detect.reference(self.calibrated)
         if method == _DYNAMIC:
             return eager_dynamic(replace(self._work.subject.loaded, module=self.dynamic))
-        return detect.reference(with_float_weights(self._work.quantized))
+        feature_maps = without_weights(self._work.encodings)
+        return detect.reference(quantize(self._work.subject.static, feature_maps))
 
     def describe(self, methods: Sequence[MethodName]) -> list[Method]:
         """Return what each method does, float first."""

@@ -52,7 +52,7 @@ from qexport.results import (
 )
 from qexport.run_folder import open_run
 from qexport.target import find_target
-from qexport.work import Progress, Work, check_targets, exported_targets, resume, silent, start
+from qexport.work import Progress, Work, check_scheme, check_targets, exported_targets, resume, silent, start
 
 if TYPE_CHECKING:
     from qexport.benchmarks.report import ExperimentFiles, ReportFiles
@@ -65,6 +65,7 @@ __all__ = [
     "calibrate",
     "check_cross_targets",
     "check_methods",
+    "check_scheme",
     "check_targets",
     "compare",
     "compare_methods",
@@ -156,6 +157,7 @@ def calibrate(work: Work) -> Encodings:
 def export(work: Work, target: str) -> Artifact:
     """Lower the quantized detector to a target: `TARGET/artifact.json` and its files."""
     find_target(target).require("export")
+    check_scheme(work.settings.scheme, [target])
     options = steps.options_of(work, target)
     _ = work.encodings  # checked, also where the artifact is there already
 
@@ -219,6 +221,8 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     from qexport.benchmarks import detect  # noqa: PLC0415
     from qexport.benchmarks.accuracy import evaluate as measure  # noqa: PLC0415
 
+    if targets:
+        check_scheme(work.settings.scheme, targets)
     folder, dataset, settings = work.folder, work.subject.evaluation, work.settings
     weights = [folder.record.weights_sha256, folder.digest("detector.json")]
     table = [*weights, work.encodings.rows_sha256]
@@ -358,8 +362,13 @@ def run_all(
     warmup: int = 3,
     threads: int = 1,
 ) -> Outcome:
-    """Run every stage that is not complete; `methods` are other ways to quantize, to compare with."""
+    """Run every stage that is not complete; `methods` are other ways to quantize, to compare with.
+
+    Raises:
+        QexportError: no target, or one for a scheme that none runs.
+    """
     check_targets(targets, whole_run=True)
+    check_scheme(work.settings.scheme, targets)
     if work.settings.qat and "ptq" not in methods:
         methods = [*methods, "ptq"]  # what the same weights are worth without their own scales
     check_methods(methods)

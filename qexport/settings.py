@@ -8,6 +8,7 @@ import msgspec
 
 ObserverName = Literal["min-max", "percentile", "mse", "auto"]
 WeightScales = Literal["per-channel", "per-tensor"]
+Scheme = Literal["int8", "activations"]
 PreprocessPlace = Literal["inside", "outside"]
 
 
@@ -33,6 +34,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     calibration_images: int = 64
     observer: ObserverName = "min-max"
     percentile: float = 99.99
+    scheme: Scheme = "int8"
+    """`activations`: feature maps alone are int8, weights stay float. No target runs that, the reference does."""
     weight_scales: WeightScales = "per-channel"
     """One scale for each output channel of a weight, or the same for all of them, as older runtimes have it."""
     keep_float: tuple[str, ...] = ()

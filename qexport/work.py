@@ -14,10 +14,10 @@ import msgspec
 import qexport
 from qexport.artifact import MANIFEST, Artifact, load_artifact
 from qexport.encodings import Encodings, load_encodings
-from qexport.errors import ArtifactError, EncodingsError, RunFolderError, TargetUnavailable
+from qexport.errors import ArtifactError, EncodingsError, QexportError, RunFolderError, TargetUnavailable
 from qexport.files import sha256_json
 from qexport.run_folder import RunFolder, change_record, create_run, holds_run, open_run, require_free
-from qexport.settings import RunRecord, Settings
+from qexport.settings import RunRecord, Scheme, Settings
 from qexport.subject import Subject
 from qexport.target import TARGETS, find_target
 from qexport.target_options import read_options, split_assignment
@@ -125,6 +125,25 @@ def check_targets(targets: Sequence[str], *, whole_run: bool = False) -> None:
     if whole_run and missing:
         raise TargetUnavailable(
             f"accuracy and report need {', '.join(missing)}. Install: pip install 'qexport[all]'"
+        )
+
+
+def check_scheme(scheme: Scheme, targets: Sequence[str]) -> None:
+    """Refuse targets for a scheme that none of them runs, and a run without a target for one that they do.
+
+    Raises:
+        QexportError: names the target, and what can be done.
+    """
+    if scheme == "activations" and targets:
+        raise QexportError(
+            f"target {targets[0]} cannot run --scheme activations: float weights on int8 feature maps have no kernel, "
+            f"there or at any other target ({', '.join(target.name for target in TARGETS)}). The quantized reference "
+            "runs it: leave --target out, and `qexport run` and `qexport evaluate` measure that. For targets: "
+            "qexport calibrate RUN --scheme int8."
+        )
+    if scheme == "int8" and not targets:
+        raise QexportError(
+            "--target is missing: which runtime? `qexport targets` lists them. Only --scheme activations has none."
         )
 
 

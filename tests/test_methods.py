@@ -25,15 +25,16 @@ from qexport.benchmarks.methods import (
     time_methods,
 )
 from qexport.detectors.load import LoadedDetector
+from qexport.detectors.static import StaticDetector
+from qexport.encodings import Encodings, without_weights
 from qexport.errors import QexportError, RunFolderError
 from qexport.files import read_json
 from qexport.method_results import FLOAT
 from qexport.methods import check_methods
-from qexport.quantization.float_weights import with_float_weights
 from qexport.quantization.graph import is_dequantize, op_name
 from qexport.quantization.local import Recorder
 from qexport.quantization.quantizer import WEIGHTED
-from qexport.quantization.reference import QuantizedDetector
+from qexport.quantization.reference import QuantizedDetector, quantize
 from qexport.results import AccuracyReport
 
 __all__ = ["copied", "place"]
@@ -99,9 +100,12 @@ def test_dynamic_linears_without_a_linear_is_refused() -> None:
 
 
 def test_float_weights_leave_feature_maps_quantized_and_weights_as_they_were(
-    demo_quantized: QuantizedDetector, demo_frames: list[Frame]
+    demo_static: StaticDetector,
+    demo_encodings: Encodings,
+    demo_quantized: QuantizedDetector,
+    demo_frames: list[Frame],
 ) -> None:
-    found = with_float_weights(demo_quantized)
+    found = quantize(demo_static, without_weights(demo_encodings))
     assert found.quantize_nodes.keys() == demo_quantized.quantize_nodes.keys()
     assert not any(
         is_dequantize(node.args[1]) for node in found.graph.graph.nodes if op_name(node) in WEIGHTED

@@ -18,6 +18,7 @@ from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
 from qexport.encodings import (
     ACTIVATION_RANGE,
+    ACTIVATIONS,
     PER_CHANNEL,
     PER_TENSOR,
     WEIGHT_RANGE,
@@ -49,7 +50,7 @@ from qexport.quantization.quantizer import (
     weight_spec,
 )
 from qexport.quantization.reference import BIAS_LIMIT
-from qexport.settings import ObserverName, WeightScales
+from qexport.settings import ObserverName, Scheme, WeightScales
 
 
 def calibrate(
@@ -58,6 +59,7 @@ def calibrate(
     *,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,
+    scheme: Scheme = "int8",
     weight_scales: WeightScales = "per-channel",
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
@@ -72,6 +74,7 @@ def calibrate(
             where preprocessing is outside. One is held in memory at a time.
         observer: how a tensor's clipping value is chosen; with `auto` for each tensor by the error of what reads it.
         percentile: for the observer of that name.
+        scheme: whether weights are quantized too.
         weight_scales: whether the channels of a weight share one scale.
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin (dataset hash, seed, split).
@@ -82,7 +85,7 @@ def calibrate(
         CalibrationError: no frames, too few for `auto`, a pattern that matches nothing, or activations that are not
             finite.
     """
-    observed = watch(static, observer=observer, percentile=percentile, keep_float=keep_float)
+    observed = watch(static, observer=observer, percentile=percentile, scheme=scheme, keep_float=keep_float)
     if observer == "auto":
         images, report = show_and_choose(observed, frames, on_image)
         on_choice(report)
@@ -95,7 +98,7 @@ def calibrate(
     rows = (*activations, *weight_rows(observed, input_scales, weight_scales))
     return Encodings(
         detector_sha256=fingerprint(static),
-        scheme=name_scheme(rows),
+        scheme=name_scheme(rows, scheme),
         calibration={
             "observer": name_observer(observer, percentile),
             "images": images,
@@ -136,7 +139,12 @@ class Observed:
 
 
 def watch(
-    static: StaticDetector, *, observer: ObserverName, percentile: float, keep_float: tuple[str, ...]
+    static: StaticDetector,
+    *,
+    observer: ObserverName,
+    percentile: float,
+    scheme: Scheme = "int8",
+    keep_float: tuple[str, ...],
 ) -> Observed:
     """Return the graph of a static detector with an observer on every tensor that is quantized.
 
@@ -148,7 +156,7 @@ def watch(
     paths = sorted({site_of(node).path for node in graph.graph.nodes if node.op == "call_function"})
     quantizer = SymmetricInt8Quantizer(
         lambda _: activation_spec(MagnitudeHistogram.with_args(method=observer, percentile=percentile)),
-        lambda _: weight_spec(ChannelMax),
+        (lambda _: weight_spec(ChannelMax)) if scheme == "int8" else None,
         keep_float=keep_float,
     )
     with warnings.catch_warnings(), torch.no_grad():
@@ -279,8 +287,10 @@ def raise_for_bias(
     return raised, int((raised > scale).sum())
 
 
-def name_scheme(rows: Iterable[EncodingRow]) -> str:
+def name_scheme(rows: Iterable[EncodingRow], scheme: Scheme) -> str:
     """Return what a table says of its scheme: per tensor where the channels of every weight have one scale."""
+    if scheme == "activations":
+        return ACTIVATIONS
     of_weights = [row.params.scale for row in rows if row.port == "weight"]
     shared = any(len(scale) > 1 for scale in of_weights) and all(len(set(scale)) == 1 for scale in of_weights)
     return PER_TENSOR if shared else PER_CHANNEL

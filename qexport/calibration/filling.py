@@ -31,7 +31,7 @@ from qexport.encodings import WEIGHT_RANGE, EncodingRow, Encodings, QuantParams,
 from qexport.errors import CalibrationError, CheckpointError
 from qexport.observer_results import ObserverReport
 from qexport.quantization.observers import name_observer
-from qexport.settings import ObserverName, WeightScales
+from qexport.settings import ObserverName, Scheme, WeightScales
 
 _LISTED = 60
 
@@ -44,6 +44,7 @@ def encodings_from_checkpoint(
     strict: bool = False,
     observer: ObserverName = "min-max",
     percentile: float = 99.99,
+    scheme: Scheme = "int8",
     weight_scales: WeightScales = "per-channel",
     keep_float: tuple[str, ...] = (),
     notes: Mapping[str, str | int | float] | None = None,
@@ -59,6 +60,7 @@ def encodings_from_checkpoint(
         strict: refuse rows that the checkpoint does not say, or that int8 with zero point 0 cannot express.
         observer: for the tensors that the checkpoint does not say.
         percentile: for the observer of that name.
+        scheme: whether weights are quantized too.
         weight_scales: of the weights that the checkpoint does not say.
         keep_float: patterns of module paths that stay float.
         notes: what else the table should say of its origin.
@@ -71,7 +73,7 @@ def encodings_from_checkpoint(
         CalibrationError: no frames where some are needed, a pattern that matches nothing, or values not finite.
     """
     own = _checked_fingerprint(static, checkpoint)
-    observed = watch(static, observer=observer, percentile=percentile, keep_float=keep_float)
+    observed = watch(static, observer=observer, percentile=percentile, scheme=scheme, keep_float=keep_float)
     claims = Claims(static, observed, checkpoint)
     trained, weights = claims.activations(), claims.weights()
     unsaid = _unsaid(observed, trained, weights, checkpoint)
@@ -100,7 +102,7 @@ def encodings_from_checkpoint(
         origin["qat note"] = " ".join(checkpoint.notes)
     return Encodings(
         detector_sha256=own,
-        scheme=name_scheme(rows),
+        scheme=name_scheme(rows, scheme),
         calibration={**origin, **(notes or {})},
         keep_float=keep_float,
         rows=rows,

@@ -62,6 +62,7 @@ def exact_command() -> str:
 
 
 Observer: TypeAlias = Literal["min-max", "percentile", "mse", "auto"]
+Scheme: TypeAlias = Literal["int8", "activations"]
 WeightScales: TypeAlias = Literal["per-channel", "per-tensor"]
 Preprocess: TypeAlias = Literal["inside", "outside"]
 
@@ -134,11 +135,12 @@ Out: TypeAlias = Annotated[
     ),
 ]
 Targets: TypeAlias = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--target",
         metavar="NAME",
-        help="Runtime to lower to, may be given several times; see `qexport targets`.",
+        show_default=False,
+        help="Runtime to lower to, may be given several times; see `qexport targets`. With --scheme activations none.",
     ),
 ]
 DemoTargets: TypeAlias = Annotated[
@@ -238,6 +240,14 @@ Percentile: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+_SCHEME = typer.Option(
+    "--scheme",
+    rich_help_panel=_CALIBRATION,
+    help="What becomes int8: [bold]int8[/bold], weights and feature maps; [bold]activations[/bold], feature maps "
+    "alone, weights stay float: the quantized reference measures that, no target runs it, and --target is left out.",
+)
+SchemeOption: TypeAlias = Annotated[Scheme, _SCHEME]
+SchemeChange: TypeAlias = Annotated[Scheme | None, _SCHEME]
 _WEIGHT_SCALES = typer.Option(
     "--weight-scales",
     rich_help_panel=_CALIBRATION,

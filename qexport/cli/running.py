@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from qexport.cli import options, qat_options, screen, tables
@@ -22,14 +23,15 @@ _PERCENTILE = 99.99
 def run(
     model: options.Model,
     data: options.Data,
-    target: options.Targets,
     out: options.Out,
+    target: options.Targets = None,
     weights: options.Weights = None,
     split: options.Split = None,
     classes: options.Classes = None,
     seed: options.Seed = 0,
     observer: options.ObserverOption = "min-max",
     percentile: options.Percentile = None,
+    scheme: options.SchemeOption = "int8",
     weight_scales: options.WeightScalesOption = "per-channel",
     images: options.Images = 64,
     calibration_data: options.CalibrationData = None,
@@ -69,6 +71,7 @@ def run(
     here, what its builder made is evaluated instead, layer by layer, and not timed. Several targets are also
     compared with one another. --method quantizes the detector in other ways too, to compare with. With --qat the
     weights and the scales are those of quantization-aware training; what it does not say is calibrated.
+    --scheme activations quantizes feature maps alone, and measures them without a target.
 
     The file is run as it is; weights are only read, never executed. A run that was interrupted, and a run that
     is complete, take up where they stand when the same command is given again.
@@ -80,7 +83,8 @@ def run(
         parity_images, tolerance, max_unmatched, max_drop, min_accounted,
     )  # fmt: skip
     settings = qat_options.with_qat(settings, qat, qat_prepare, strict=strict)
-    _run_all(settings, out, target, runs, warmup, threads, methods=method or [])
+    settings = msgspec.structs.replace(settings, scheme=scheme)
+    _run_all(settings, out, target or [], runs, warmup, threads, methods=method or [])
 
 
 def demo(
@@ -188,6 +192,7 @@ def _run_all(
     from qexport import pipeline  # noqa: PLC0415 - `--help` needs none of it
 
     pipeline.check_targets(targets, whole_run=True)
+    pipeline.check_scheme(settings.scheme, targets)
     pipeline.check_methods(methods)
     work = pipeline.start(out, settings, command=options.exact_command(), progress=screen.progress)
     outcome = pipeline.run_all(work, targets, methods=methods, runs=runs, warmup=warmup, threads=threads)
@@ -195,10 +200,14 @@ def _run_all(
         screen.show_table(qat_options.origin_table(work.encodings))
     if settings.observer == "auto":
         screen.show_table(tables.observer_table(work.path))
-    screen.show_table(tables.outcome_table(work.path, targets))
+    if targets:
+        screen.show_table(tables.outcome_table(work.path, targets))
+    else:
+        screen.show_table(tables.accuracy_table(pipeline.evaluate(work, targets)))
     for sentence in (*outcome.uncrossed, *outcome.untimed):
         screen.show(sentence)
-    screen.show(f"artifacts: {', '.join(str(work.path / target) for target in targets)}")
+    if targets:
+        screen.show(f"artifacts: {', '.join(str(work.path / target) for target in targets)}")
     screen.show(f"figures:   {outcome.report.json}, {outcome.report.timings}")
     screen.show(f"report:    {outcome.report.html}")
     tables.require_gates(outcome.gates, run=out)

@@ -26,6 +26,7 @@ def calibrate(
     run: options.Run,
     observer: options.ObserverChange = None,
     percentile: options.Percentile = None,
+    scheme: options.SchemeChange = None,
     weight_scales: options.WeightScalesChange = None,
     images: options.ImagesChange = None,
     calibration_data: options.CalibrationData = None,
@@ -52,6 +53,7 @@ def calibrate(
         {
             "observer": observer,
             "percentile": percentile,
+            "scheme": scheme,
             "weight_scales": weight_scales,
             "calibration_images": images,
             "calibration_data": str(calibration_data) if calibration_data else None,
@@ -73,7 +75,10 @@ def calibrate(
         f"{len(encodings.rows)} rows, {len(encodings.float_rows)} layers float; "
         f"{origin['observer']} on {origin['images']} images of {origin['dataset']}/{origin['split']}"
     )
-    screen.show(f"wrote {work.path / 'encodings.json'}; next: qexport export {work.path} --target onnx")
+    following = f"export {work.path} --target onnx"
+    if work.settings.scheme == "activations":
+        following = f"evaluate {work.path}"
+    screen.show(f"wrote {work.path / 'encodings.json'}; next: qexport {following}")
 
 
 def export(run: options.Run, target: options.OneTarget, target_option: options.TargetOption = None) -> None:
@@ -281,7 +286,7 @@ def evaluate(
     targets = target or pipeline.exported_targets(run)
     pipeline.check_targets(targets, whole_run=True)
     work = _resume(run, {"max_drop": max_drop})
-    if not targets:
+    if not targets and work.settings.scheme == "int8":
         raise RunFolderError(
             f"{run}: no target was exported. Run `qexport export {run} --target onnx` first."
         )

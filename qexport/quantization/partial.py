@@ -77,7 +77,9 @@ class PartlyQuantized:
             asked.add(key)
             return weight_spec(ChannelMax)
 
-        quantizer = SymmetricInt8Quantizer(activation, weight, keep_float=tuple(keep_float))
+        quantizer = SymmetricInt8Quantizer(
+            activation, weight if self._weights else None, keep_float=tuple(keep_float)
+        )
         graph = self._detector.float_graph
         try:
             quantizer.annotate(graph)

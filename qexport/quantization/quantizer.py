@@ -85,12 +85,12 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
 
     Args:
         activation: makes the specification of an activation from its encodings key.
-        weight: the same for a weight.
+        weight: the same for a weight; None: weights stay float.
         keep_float: patterns of module paths (`fnmatch`; a plain path also covers what is below it) that stay float.
     """
 
     def __init__(
-        self, activation: SpecFactory, weight: SpecFactory, *, keep_float: tuple[str, ...] = ()
+        self, activation: SpecFactory, weight: SpecFactory | None, *, keep_float: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
         self._activation = activation
@@ -129,7 +129,9 @@ class SymmetricInt8Quantizer(Quantizer):  # type: ignore[misc]
             return FLOAT_STAGES[stage_of(site_of(node).path)]
         if op in WEIGHTED:
             source, weight = argument_node(node), argument_node(node, 1)
-            spec = {source: self._output_spec(source), weight: self._weight(weight_key(node))}
+            spec = {source: self._output_spec(source)}
+            if self._weight is not None:
+                spec[weight] = self._weight(weight_key(node))
             self._mark_chain(node, spec)
         elif op in BINARY:
             inputs = [arg for arg in node.args[:2] if isinstance(arg, Node) and is_float(arg)]
@@ -229,9 +231,14 @@ def weight_spec(observer: object) -> QuantizationSpec:
 
 
 def preset_quantizer(
-    params: Mapping[str, QuantParams], keep_float: tuple[str, ...]
+    params: Mapping[str, QuantParams], keep_float: tuple[str, ...], *, weights: bool = True
 ) -> SymmetricInt8Quantizer:
     """Return a quantizer whose every scale comes from a table of encodings.
+
+    Args:
+        params: by key.
+        keep_float: patterns of module paths that stay float.
+        weights: whether weights are quantized.
 
     Raises:
         KeyError: while it annotates, for a tensor that the table has no row for.
@@ -243,7 +250,7 @@ def preset_quantizer(
     def weight(key: str) -> QuantizationSpec:
         return weight_spec(Preset.with_args(given=params[key].scale))
 
-    return SymmetricInt8Quantizer(activation, weight, keep_float=keep_float)
+    return SymmetricInt8Quantizer(activation, weight if weights else None, keep_float=keep_float)
 
 
 def check_patterns(keep_float: tuple[str, ...], plan: Plan, paths: list[str]) -> None:

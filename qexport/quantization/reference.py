@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.static import StaticDetector
-from qexport.encodings import Encodings, QuantParams
+from qexport.encodings import ACTIVATIONS, Encodings, QuantParams
 from qexport.errors import EncodingsError
 from qexport.quantization.fold import fold_batch_norm
 from qexport.quantization.graph import (
@@ -77,10 +77,11 @@ def quantize(static: StaticDetector, encodings: Encodings) -> QuantizedDetector:
     float_graph = copy.deepcopy(graph)
     params = {row.key: row.params for row in encodings.rows}
     _check_rows(graph, params)
+    quantizer = preset_quantizer(params, encodings.keep_float, weights=encodings.scheme != ACTIVATIONS)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torchao announces future moves of its own modules
-            prepared = prepare_pt2e(graph, preset_quantizer(params, encodings.keep_float))
+            prepared = prepare_pt2e(graph, quantizer)
             converted = convert_pt2e(prepared)
     except KeyError as error:
         raise EncodingsError(

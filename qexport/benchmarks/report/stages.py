@@ -179,7 +179,7 @@ def read_run(run: Path) -> RunResults:
     detections = reader.optional(DETECTIONS)
     targets = tuple(_read_target(reader, detector, name) for name in _target_names(run))
     methods = _read_methods(reader, encodings)
-    if not targets:
+    if not targets and record.settings.scheme == "int8":
         reader.miss(EXPORT, "", "no target was exported")
     return RunResults(
         folder=run,
