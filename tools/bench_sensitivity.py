@@ -59,7 +59,8 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         work = _work(options.out, options.images)
-        rows, every = measure(work, [points / 100 for points in options.budgets], options.blocks, console)
+        budgets = [points / 100 for points in options.budgets]
+        rows, every = measure(work, budgets, options.blocks, SPLIT, console)
         text = "\n".join(lines(rows, every)) + "\n"
         write_bytes(options.out / "sensitivity.md", text.encode())
     except QexportError as error:
@@ -103,7 +104,7 @@ def _work(out: Path, images: int) -> Work:
 
 
 def measure(
-    work: Work, budgets: Sequence[float], blocks: int, console: Console
+    work: Work, budgets: Sequence[float], blocks: int, split: str, console: Console
 ) -> tuple[list[Row], tuple[Point, ...]]:
     """Return a row for each budget, and what the exhaustive search measured.
 
@@ -112,11 +113,11 @@ def measure(
     """
     reports = [
         measure_sensitivity(
-            work, target=TARGET, grain="block", split=SPLIT, max_drop=budget, below_noise=True
+            work, target=TARGET, grain="block", split=split, max_drop=budget, below_noise=True
         )
         for budget in budgets
     ]
-    measuring = Measuring(work, target=TARGET, grain="block", split=SPLIT)
+    measuring = Measuring(work, target=TARGET, grain="block", split=split)
     units = loudest(measuring.units, reports[0], blocks)
     with Progress(console=console) as progress:
         task = progress.add_task(f"all subsets of {blocks} blocks", total=2 ** len(units))
