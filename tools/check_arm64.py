@@ -1,14 +1,15 @@
 """Install bundles in an emulated arm64 Debian by their own script, and verify them on the Pi's processors.
 
-    python tools/check_arm64.py                        both CPU targets of the demo detector
-    python tools/check_arm64.py --target tflite
+    python tools/check_arm64.py                        the CPU targets of the demo detector
+    python tools/check_arm64.py --target tflite onnx   without PyTorch, whose wheels come to 3 GB
     python tools/check_arm64.py --bundle mine.qbundle.tar
 
 Says for each processor whether every value is the workstation's, or where not. Emulation says nothing about speed:
 nothing is timed here. The first call downloads some 90 MB of Debian packages and the bundle's wheels into
-.cache/arm64; a call that was cut off goes on where it was.
+.cache/arm64; a call that was cut off goes on where it was. executorch and qnnpack run in PyTorch, whose build for Arm
+on the package index brings CUDA's libraries: 3 GB to fetch, 6 GB installed, though nothing of CUDA is used.
 
-XNNPACK's int8 kernels compute the same bits on x86 and Arm, so of a TFLite bundle every bit is asked. ONNX Runtime
+XNNPACK's int8 kernels compute the same bits on x86 and Arm, so of a TFLite or ExecuTorch bundle every bit is asked. ONNX Runtime
 rounds some additions otherwise on Arm: of an ONNX bundle inner tensors may be some steps off, and the detections have
 to be the same in number and class; what differs is printed all the same.
 
