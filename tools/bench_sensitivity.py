@@ -74,7 +74,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budgets", type=float, nargs="+", default=[5, 4, 3, 2.5, 2], help="points of mAP")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[6, 5, 4, 3.5, 3, 2.5, 2], help="points of mAP"
+    )
     parser.add_argument(
         "--blocks", type=int, default=8, help="loudest blocks, of which all subsets (default: 8)"
     )
