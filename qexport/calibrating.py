@@ -8,7 +8,11 @@ import msgspec
 
 from qexport.encodings import Encodings
 from qexport.files import sha256_file
+from qexport.mend_results import ORIGIN as MENDING
+from qexport.mend_results import MendReport
 from qexport.observer_results import ObserverReport
+from qexport.training_history import ORIGIN as TRAINING
+from qexport.training_history import History
 from qexport.work import Work
 
 
@@ -65,6 +69,13 @@ def decide_encodings(work: Work) -> tuple[Encodings, ObserverReport | None]:
         return encodings, None
     report = chosen[0] if chosen else ObserverReport()  # a checkpoint that says every scale
     return encodings, msgspec.structs.replace(report, rows_sha256=encodings.rows_sha256)
+
+
+def origin_of_checkpoint(work: Work) -> dict[str, History | MendReport]:
+    """Return what a checkpoint says of where it comes from, by the file of the run that it is written to."""
+    checkpoint = work.subject.checkpoint
+    said = {} if checkpoint is None else {TRAINING: checkpoint.history, MENDING: checkpoint.mended}
+    return {name: report for name, report in said.items() if report is not None}
 
 
 def inputs_of_calibrate(work: Work) -> dict[str, object]:

@@ -9,6 +9,7 @@ from qexport.diagnosis_results import Diagnosis
 from qexport.errors import RunFolderError
 from qexport.files import read_json, write_json
 from qexport.results import AccuracyReport, ParityReport
+from qexport.steps import CHECKPOINT
 from qexport.work import Work
 
 FILE = "diagnosis.json"
@@ -19,14 +20,15 @@ IMAGES = 4
 def diagnose(work: Work, accuracy: AccuracyReport) -> Diagnosis | None:
     """Name the culprit of the first gate on accuracy that failed; None where none did, and then there is no file.
 
-    Where the quantized reference keeps its accuracy and a target does not, the runtime did it; else the quantization.
+    None, too, where a QAT checkpoint's own floats lost it: training did that. Where the quantized reference keeps its
+    accuracy and a target does not, the runtime did it; else the quantization.
     """
     fallen = [gate.subject for gate in accuracy.gates if not gate.passed]
-    if not fallen:
+    subject = "reference" if "reference" in fallen or not fallen else fallen[0]
+    drop = _drop(accuracy, subject)
+    if not fallen or (_float_of(accuracy) == CHECKPOINT and drop <= work.settings.max_drop):
         work.folder.discard("diagnose")
         return None
-    subject = "reference" if "reference" in fallen else fallen[0]
-    drop = _drop(accuracy, subject)
 
     def write() -> None:
         found = _runtime(work, subject, drop) if subject != "reference" else None
@@ -67,8 +69,14 @@ def _quantization(work: Work, subject: str, drop: float) -> Diagnosis:
 
 
 def _drop(accuracy: AccuracyReport, subject: str) -> float:
-    eager, mine = (_of(accuracy, name) for name in (accuracy.subjects[0].subject, subject))
+    eager, mine = (_of(accuracy, name) for name in (_float_of(accuracy), subject))
     return max(eager[0] - mine[0], eager[1] - mine[1])
+
+
+def _float_of(accuracy: AccuracyReport) -> str:
+    """Return the subject that has the weights of the quantized ones, in float."""
+    names = [one.subject for one in accuracy.subjects]
+    return CHECKPOINT if CHECKPOINT in names else names[0]
 
 
 def _of(accuracy: AccuracyReport, subject: str) -> Sequence[float]:

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 import qexport
 from qexport.encodings import Encodings, load_encodings, save_encodings
 from qexport.errors import GateFailed, QexportError, TargetUnavailable
+from qexport.files import json_bytes
 from qexport.frames import frame_size
 from qexport.samples import Sample
 from qexport.settings import Settings
 from qexport.subject import Subject
 from qexport.training_data import choose_images, choose_splits
+from qexport.training_history import NOTE
 from qexport.versions import is_importable
 from qexport.work import Progress, require_torch, silent, used_versions
 
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
     from qexport.benchmarks.detect import Detect
     from qexport.detectors.static import StaticDetector
     from qexport.training.agreement import Agreement
-    from qexport.training.history import History, Measured
     from qexport.training.network import TrainingNetwork
     from qexport.training.settings import TrainingRecord, TrainingSettings
+    from qexport.training_history import History, Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class FineTuning:
             "status": history.status,
             "validation": str(history.best.measured),
             "qexport": qexport.__version__,
+            NOTE: json_bytes(history).decode(),
         }
         result = save_result(out / folder.RESULT, state, encodings, notes)
         picture = draw_history(history, out / "history.png")
@@ -226,7 +229,7 @@ class FineTuning:
 
     def _measure_float(self) -> Measured:
         from qexport.benchmarks import detect  # noqa: PLC0415 - torch begins here
-        from qexport.training.history import Measured  # noqa: PLC0415
+        from qexport.training_history import Measured  # noqa: PLC0415
 
         if not self.data.has_boxes:
             return Measured(distance=0.0)
@@ -235,7 +238,7 @@ class FineTuning:
     def _measure_map(self, title: str, source: AbstractContextManager[Detect]) -> Measured:
         from qexport.benchmarks import detect  # noqa: PLC0415 - torch begins here
         from qexport.benchmarks.accuracy import mean_average_precisions  # noqa: PLC0415
-        from qexport.training.history import Measured  # noqa: PLC0415
+        from qexport.training_history import Measured  # noqa: PLC0415
 
         dataset = self.data.validation
         with self._progress(title, len(dataset.samples)) as step, source as run:
@@ -247,9 +250,9 @@ class FineTuning:
         """Return the distance to the float detector on the validation images."""
         import torch  # noqa: PLC0415 - torch begins here
 
-        from qexport.training.history import Measured  # noqa: PLC0415
         from qexport.training.images import batches  # noqa: PLC0415
         from qexport.training.losses import Losses, total  # noqa: PLC0415
+        from qexport.training_history import Measured  # noqa: PLC0415
 
         device = torch.device(self.training.device)
         losses = Losses(self.subject.loaded.module, self._begun, self.training, device)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 import qexport
 from qexport.encodings import ACTIVATIONS, PER_TENSOR, Encodings, QuantParams
 from qexport.errors import QexportError
-from qexport.files import write_json
+from qexport.files import json_bytes, write_json
+from qexport.mend_results import NOTE, MeansResult, MendReport
 from qexport.settings import WeightScales
 from qexport.work import Work
 
@@ -36,31 +37,6 @@ FOLDER = "mended"
 Means = Literal["equalize", "learn-rounding", "correct-bias"]
 MEANS: tuple[Means, ...] = ("equalize", "learn-rounding", "correct-bias")
 """In the order in which they are taken."""
-
-
-class MeansResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one means gave."""
-
-    means: str
-    sqnr_db: float
-    """Signal to noise at the heads' outputs after it."""
-    changed: str
-    """What it changed, in words."""
-    kept: bool
-    """Whether it is in the checkpoint; a means that loses is not."""
-
-
-class MendReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`mended.json`."""
-
-    encodings_sha256: str
-    """Of the table that it began with."""
-    images: int
-    """That the means saw."""
-    held_out: int
-    """That the signal to noise is measured on."""
-    results: tuple[MeansResult, ...]
-    """The first is the detector as it was."""
 
 
 def mend(work: Work, means: Sequence[Means], *, images: int) -> tuple[MendReport, Path]:
@@ -111,8 +87,7 @@ def mend(work: Work, means: Sequence[Means], *, images: int) -> tuple[MendReport
         held_out=len(held_out),
         results=tuple(results),
     )
-    kept = [result.means for result in results[1:] if result.kept]
-    path = mending.save(work.path / FOLDER / "mended.pt", kept)
+    path = mending.save(work.path / FOLDER / "mended.pt", report)
     write_json(work.path / FOLDER / "mended.json", report)
     return report, path
 
@@ -158,14 +133,15 @@ class _Mending:
         _, db = measure_noise(quantized, PartlyQuantized(quantized), [], self._held_out)
         return float("inf") if db is None else db
 
-    def save(self, path: Path, means: Sequence[str]) -> Path:
-        """Write the checkpoint."""
+    def save(self, path: Path, report: MendReport) -> Path:
+        """Write the checkpoint, with what each means gave."""
         from qexport.training.state import save_result  # noqa: PLC0415 - torch begins here
 
         notes: dict[str, str | int | float] = {
-            "means": ", ".join(means),
+            "means": ", ".join(result.means for result in report.results[1:] if result.kept),
             "images": len(self._frames),
             "qexport": qexport.__version__,
+            NOTE: json_bytes(report).decode(),
         }
         return save_result(path, self._state(), self.encodings, notes)
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 REPORT, LATENCY = "methods.json", "methods_latency.json"
 _DYNAMIC: MethodName = "dynamic"
 _PTQ: MethodName = "ptq"
-_EAGER = "eager"
 
 
 def check_methods(names: Sequence[str]) -> tuple[MethodName, ...]:
@@ -85,7 +84,7 @@ class _Forms:
 
     @cached_property
     def eager(self) -> nn.Module:
-        module: nn.Module = self._work.subject.loaded.module  # torchvision ships no types
+        module: nn.Module = self._work.subject.baseline.module  # torchvision ships no types
         return module
 
     @cached_property
@@ -96,7 +95,7 @@ class _Forms:
 
     @cached_property
     def calibrated(self) -> QuantizedDetector:
-        """The same weights with scales that are calibrated on images, whatever the run's come from."""
+        """The float detector with scales that are calibrated on images, whatever the run's come from."""
         from qexport.calibration.calibrator import calibrate  # noqa: PLC0415 - torch begins here
         from qexport.quantization.reference import quantize  # noqa: PLC0415
 
@@ -104,7 +103,7 @@ class _Forms:
         samples = subject.calibration_samples()
         with self._work.progress("calibrate ptq", len(samples)) as step:
             encodings = calibrate(
-                subject.static,
+                subject.baseline_static,
                 subject.inputs(samples),
                 observer=settings.observer,
                 percentile=settings.percentile,
@@ -113,12 +112,12 @@ class _Forms:
                 keep_float=settings.keep_float,
                 on_image=step,
             )
-        return quantize(subject.static, encodings)
+        return quantize(subject.baseline_static, encodings)
 
     def identity(self, method: MethodName) -> list[str | None]:
         """Return digests of what a method's detections are made of."""
         folder, settings = self._work.folder, self._work.settings
-        weights = [folder.record.weights_sha256, folder.digest("detector.json")]
+        weights = [self._work.subject.baseline.weights_sha256, folder.digest("detector.json")]
         if method == _PTQ:
             images = self._work.subject.calibration_samples()
             how: list[object] = [settings.observer, settings.percentile, settings.keep_float, settings.seed]
@@ -129,7 +128,9 @@ class _Forms:
             )
             how += [] if settings.scheme == "int8" else [settings.scheme]
             return [*weights, sha256_json([self._work.subject.calibration.sha256, *how])]
-        return weights if method == _DYNAMIC else [*weights, self._work.encodings.rows_sha256]
+        if method == _DYNAMIC:
+            return weights
+        return [folder.record.weights_sha256, weights[1], self._work.encodings.rows_sha256]
 
     def open(self, method: MethodName) -> AbstractContextManager[Detect]:
         """Open what detects by a method."""
@@ -140,7 +141,7 @@ class _Forms:
         if method == _PTQ:
             return detect.reference(self.calibrated)
         if method == _DYNAMIC:
-            return eager_dynamic(replace(self._work.subject.loaded, module=self.dynamic))
+            return eager_dynamic(replace(self._work.subject.baseline, module=self.dynamic))
         feature_maps = without_weights(self._work.encodings)
         return detect.reference(quantize(self._work.subject.static, feature_maps))
 
@@ -159,12 +160,11 @@ class _Forms:
 
 
 def _report(work: Work, methods: Sequence[MethodName], forms: _Forms) -> MethodsReport:
-    from qexport.benchmarks.detect import eager, to_arrays  # noqa: PLC0415 - torch begins here
+    from qexport.benchmarks.detect import to_arrays  # noqa: PLC0415 - torch begins here
     from qexport.benchmarks.methods import measure_methods as measure  # noqa: PLC0415
 
     folder, dataset = work.folder, work.subject.evaluation
-    weights = [folder.record.weights_sha256, folder.digest("detector.json")]
-    found = {_EAGER: steps.detect_split(work, _EAGER, weights, lambda: eager(work.subject.loaded))}
+    found = {steps.EAGER: steps.detect_floats(work)[steps.EAGER]}
     for name in methods:
         found[name] = steps.detect_split(work, name, forms.identity(name), partial(forms.open, name))
 
@@ -208,7 +208,7 @@ def _latency(work: Work, forms: _Forms, *, runs: int, warmup: int) -> MethodsLat
         write_json(work.folder.file(LATENCY), latency)
 
     inputs = {
-        "detector": [work.folder.record.weights_sha256, work.folder.digest("detector.json")],
+        "detector": [work.subject.baseline.weights_sha256, work.folder.digest("detector.json")],
         "options": [runs, warmup],
     }
     work.folder.stage("bench.methods", inputs, [LATENCY], write)

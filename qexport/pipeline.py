@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from qexport import crossing, steps
 from qexport.artifact import MANIFEST, Artifact
-from qexport.calibrating import decide_encodings, inputs_of_calibrate
+from qexport.calibrating import decide_encodings, inputs_of_calibrate, origin_of_checkpoint
 from qexport.cross_results import CrossReport
 from qexport.crossing import check_cross_targets
 from qexport.dataset import load_dataset
@@ -36,6 +36,7 @@ from qexport.encodings import Encodings, save_encodings
 from qexport.errors import RunFolderError, TargetUnavailable
 from qexport.files import read_json, write_json
 from qexport.layers import DetectorReport
+from qexport.mend_results import ORIGIN as MENDING
 from qexport.merging import merge
 from qexport.method_results import MethodsLatency, MethodsReport
 from qexport.methods import check_methods, measure_methods
@@ -52,6 +53,7 @@ from qexport.results import (
 )
 from qexport.run_folder import open_run
 from qexport.target import find_target
+from qexport.training_history import ORIGIN as TRAINING
 from qexport.work import Progress, Work, check_scheme, check_targets, exported_targets, resume, silent, start
 
 if TYPE_CHECKING:
@@ -137,18 +139,25 @@ def inspect(work: Work) -> DetectorReport:
 
 
 def calibrate(work: Work) -> Encodings:
-    """Decide every scale, from images or by a QAT checkpoint: `encodings.json`; with `auto` `observers.json` too."""
+    """Decide every scale, from images or by a QAT checkpoint: `encodings.json`; with `auto` `observers.json` too.
+
+    What a checkpoint of `qexport qat` or `qexport mend` says of itself is kept: `training.json`, `mending.json`.
+    """
     inspect(work)
+    origins = origin_of_checkpoint(work)
 
     def write() -> None:
         encodings, observers = decide_encodings(work)
         work.folder.discard()  # a report never holds measurements of two tables
-        work.folder.file(OBSERVERS).unlink(missing_ok=True)
+        for name in (OBSERVERS, MENDING, TRAINING):
+            work.folder.file(name).unlink(missing_ok=True)
+        for name, origin in origins.items():
+            write_json(work.folder.file(name), origin)
         if observers is not None:
             write_json(work.folder.file(OBSERVERS), observers)
         save_encodings(encodings, work.folder.file("encodings.json"))
 
-    outputs = ["encodings.json", *([OBSERVERS] if work.settings.observer == "auto" else [])]
+    outputs = ["encodings.json", *origins, *([OBSERVERS] if work.settings.observer == "auto" else [])]
     if work.folder.stage("calibrate", inputs_of_calibrate(work), outputs, write):
         work.forget_encodings()
     return work.encodings
@@ -217,7 +226,11 @@ def cross(work: Work, targets: Sequence[str]) -> CrossReport:
 
 
 def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
-    """Measure mAP of the eager detector, the quantized reference and each artifact: `accuracy.json`."""
+    """Measure mAP of the eager detector, the quantized reference and each artifact: `accuracy.json`.
+
+    Eager is the original detector where its weights are given beside a QAT checkpoint; the checkpoint's own floats have
+    a row then, too.
+    """
     from qexport.benchmarks import detect  # noqa: PLC0415
     from qexport.benchmarks.accuracy import evaluate as measure  # noqa: PLC0415
 
@@ -227,7 +240,7 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
     weights = [folder.record.weights_sha256, folder.digest("detector.json")]
     table = [*weights, work.encodings.rows_sha256]
     found = {
-        "eager": steps.detect_split(work, "eager", weights, lambda: detect.eager(work.subject.loaded)),
+        **steps.detect_floats(work),
         "reference": steps.detect_split(work, "reference", table, lambda: detect.reference(work.quantized)),
     }
     for target in targets:
@@ -240,7 +253,9 @@ def evaluate(work: Work, targets: Sequence[str]) -> AccuracyReport:
             boxes = {
                 subject: [detect.to_arrays(image) for image in images] for subject, images in found.items()
             }
-            accuracy = measure(dataset, boxes, seed=settings.seed, max_drop=settings.max_drop)
+            accuracy = measure(
+                dataset, boxes, seed=settings.seed, max_drop=settings.max_drop, ungated=[steps.CHECKPOINT]
+            )
             step()
         write_json(folder.file("accuracy.json"), accuracy)
 

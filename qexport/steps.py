@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from qexport.quantization.reference import QuantizedDetector
 
 
+EAGER, CHECKPOINT = "eager", "checkpoint"
+"""Subjects: the float detector that all are compared with, and a QAT checkpoint's own floats where they are not it."""
+
+
 def options_of(work: Work, target: str) -> TargetOptions:
     """Return what the run's settings choose for a target."""
     return read_options(find_target(target).options, target, work.settings.target_options)
@@ -137,6 +141,20 @@ def detect_artifact(
     runner = runner_for(artifact.target)
     run = partial(detect.artifact, runner, folder, all_threads())
     return detect_split(work, subject, [artifact.sha256, runner.rung], run)
+
+
+def detect_floats(work: Work) -> dict[str, tuple[ImageDetections, ...]]:
+    """Return what the float detector finds, and where it is not the original what the checkpoint's own floats find."""
+    from qexport.benchmarks import detect  # noqa: PLC0415 - torch begins here
+
+    subject, detector = work.subject, work.folder.digest("detector.json")
+    loaded = {EAGER: subject.baseline}
+    if subject.original is not None:
+        loaded[CHECKPOINT] = subject.loaded
+    return {
+        name: detect_split(work, name, [one.weights_sha256, detector], partial(detect.eager, one))
+        for name, one in loaded.items()
+    }
 
 
 def detect_split(

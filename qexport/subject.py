@@ -65,6 +65,21 @@ class Subject:
         weights = self.settings.weights
         return load_detector(self.settings.model, Path(weights) if weights else None, seed=self.settings.seed)
 
+    @cached_property
+    def original(self) -> LoadedDetector | None:
+        """The float detector before training, of the weights that were given beside the checkpoint's own."""
+        from qexport.detectors.load import load_detector  # noqa: PLC0415 - torch begins here
+
+        weights, checkpoint = self.settings.weights, self.checkpoint
+        if weights is None or checkpoint is None or checkpoint.state is None:
+            return None
+        return load_detector(self.settings.model, Path(weights), seed=self.settings.seed)
+
+    @property
+    def baseline(self) -> LoadedDetector:
+        """The float detector that accuracy is compared with: the original where it is given."""
+        return self.original or self.loaded
+
     @property
     def checkpoint(self) -> QatCheckpoint | None:
         """The QAT checkpoint that the scales come from; None where they are calibrated."""
@@ -87,10 +102,18 @@ class Subject:
     @cached_property
     def static(self) -> StaticDetector:
         """The static form, for frames of `frame_px`."""
+        return self._static(self.loaded)
+
+    @cached_property
+    def baseline_static(self) -> StaticDetector:
+        """The static form of the float detector that accuracy is compared with."""
+        return self.static if self.original is None else self._static(self.original)
+
+    def _static(self, loaded: LoadedDetector) -> StaticDetector:
         from qexport.detectors.static import make_static  # noqa: PLC0415 - torch begins here
 
         return make_static(
-            self.loaded.module,
+            loaded.module,
             frame_px=self.frame_px,
             proposals=self.settings.proposals,
             detections=self.settings.detections,

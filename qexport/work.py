@@ -242,6 +242,7 @@ def _check(subject: Subject, progress: Progress, *, layers: bool = True) -> None
     check_target_options(subject.settings.target_options)
     if layers:
         _ = subject.layers
+    _ = subject.original
     samples = subject.used_samples()
     subject.parity_samples()
     with progress("read images", len(samples)) as step:

@@ -17,7 +17,7 @@ from qexport.detectors.demo.scenes import write_scenes
 from qexport.diagnosis_results import Diagnosis
 from qexport.errors import RunFolderError
 from qexport.files import read_json
-from qexport.mending import MendReport
+from qexport.mend_results import MendReport
 from qexport.results import AccuracyReport
 from qexport.sensitivity_results import SensitivityReport
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli_fixtures import Answer, call, command, environment, partial_files
 
+from qexport.benchmarks.report import build_report
 from qexport.detectors.demo.scenes import write_scenes
 from qexport.detectors.fingerprint import fingerprint
 from qexport.detectors.load import load_detector
@@ -66,6 +67,23 @@ def without_boxes(folder: Path, split: str) -> None:
             content = json.loads(file.read_text())
             content["annotations"] = []
             file.write_text(json.dumps(content))
+
+
+def test_run_from_a_training_reports_its_history(made: Path, tmp_path: Path) -> None:
+    words = ("--qat", str(made / "mine" / "qat.pt"), "--model", "demo", "--data", str(made / "data"))
+    run = tmp_path / "run"
+    answer = call("inspect", *words, "--out", str(run))
+    assert answer.code == 0, answer.err
+    assert call("calibrate", str(run)).code == 0
+    history = json.loads((made / "mine" / "history.json").read_text())
+    assert json.loads((run / "training.json").read_text()) == history
+    page = build_report(run, dataset_root=None).html.read_text()
+    section = page[page.index('id="origin"') : page.index('id="calibration"')]
+    assert "Losses, mean of an epoch" in section
+    assert f"{sum(history['epochs'][1]['losses'].values()):.4f}" in section
+    assert f"{100 * history['epochs'][2]['measured']['coco_map']:.1f}" in section
+    assert call("calibrate", str(run), "--seed", "1").code == 0
+    assert (run / "training.json").is_file()
 
 
 def test_qat_finished_says_what_it_found_and_what_comes_next(made: Path) -> None:

@@ -13,6 +13,7 @@ from conftest import Frame
 from torch import Tensor, nn
 
 from qexport import mending, pipeline
+from qexport.benchmarks.report import build_report
 from qexport.benchmarks.sensitivity import measure_noise
 from qexport.calibration.calibrator import calibrate
 from qexport.calibration.means.bias import correct_biases
@@ -24,6 +25,7 @@ from qexport.detectors.static import StaticDetector, make_static
 from qexport.encodings import Encodings, QuantParams
 from qexport.errors import RunFolderError
 from qexport.files import read_json
+from qexport.mend_results import MendReport
 from qexport.quantization.fold import fold_batch_norm
 from qexport.quantization.graph import export_graph
 from qexport.quantization.partial import PartlyQuantized
@@ -195,7 +197,7 @@ def test_mend_writes_a_checkpoint_that_a_run_takes_with_the_very_scales(copied: 
     assert answer.code == 0, answer.err
     for means in mending.MEANS:
         assert means in answer.out
-    report = read_json(Path("mine/mended/mended.json"), mending.MendReport, RunFolderError)
+    report = read_json(Path("mine/mended/mended.json"), MendReport, RunFolderError)
     assert [result.means for result in report.results] == ["none", *mending.MEANS]
     best = report.results[0].sqnr_db
     for result in report.results[1:]:  # what loses is left out
@@ -210,6 +212,20 @@ def test_mend_writes_a_checkpoint_that_a_run_takes_with_the_very_scales(copied: 
     mended = msgspec.json.decode(stored["encodings"].encode(), type=Encodings)
     scales = {row.key: row.params.scale for row in pipeline.resume(Path("new")).encodings.rows}
     assert scales == {row.key: row.params.scale for row in mended.rows}
+    assert (
+        f"next: qexport run --qat {Path('mine/mended/mended.pt')} --model demo --data data --frame 240x320"
+        in answer.out
+    )
+    assert read_json(Path("new/mending.json"), MendReport, RunFolderError) == report
+    page = build_report(Path("new"), dataset_root=None).html.read_text()
+    section = page[page.index('id="origin"') :]
+    assert f"{report.results[1].sqnr_db:.2f}" in section
+    assert report.results[1].changed in section
+    stored["notes"]["mended"] = "{"
+    torch.save(stored, "damaged.pt")
+    refused = call("inspect", "--qat", "damaged.pt", "--model", "demo", "--data", "data", "--out", "other")
+    assert refused.code == 2
+    assert "its note mended is damaged" in " ".join(refused.err.split())
 
 
 def test_single_means_is_taken_alone(copied: Path) -> None:

@@ -20,12 +20,12 @@ from qexport.detectors.static import StaticDetector, make_static
 from qexport.quantization.fold import fold_batch_norm
 from qexport.samples import Box, Sample
 from qexport.training.distillation import box_distance, feature_distance, proposal_distance
-from qexport.training.history import Measured
 from qexport.training.images import Batch, batches, load, order_of_epoch
 from qexport.training.losses import Losses, total
 from qexport.training.network import Head, Trunk, TrunkOutput
 from qexport.training.schedule import learning_rate
 from qexport.training.settings import TrainingSettings
+from qexport.training_history import Measured
 
 
 class FloatNetwork(nn.Module):

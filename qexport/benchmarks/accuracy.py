@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ def evaluate(
     seed: int = 0,
     max_drop: float,
     baseline: str = BASELINE,
+    ungated: Collection[str] = (),
 ) -> AccuracyReport:
     """Measure every subject on one split.
 
@@ -44,6 +45,7 @@ def evaluate(
         seed: of the resampling.
         max_drop: largest fall of either mAP from the baseline that passes, as a fraction.
         baseline: the subject that the others are compared with.
+        ungated: subjects that are measured beside the others, and held to nothing.
 
     Raises:
         DatasetError: no annotated boxes, or a label that the dataset does not have.
@@ -56,7 +58,8 @@ def evaluate(
     weights = draw_images(len(dataset.samples), bootstrap, seed)
     measured = [_measure(dataset, subject, found, weights) for subject, found in detections.items()]
     subjects = tuple(_accuracy(dataset, item, measured[0]) for item in measured)
-    gates = [gate for subject in subjects[1:] for gate in _gates(subjects[0], subject, max_drop)]
+    held = [subject for subject in subjects[1:] if subject.subject not in ungated]
+    gates = [gate for subject in held for gate in _gates(subjects[0], subject, max_drop)]
     return AccuracyReport(
         dataset=dataset.name,
         dataset_sha256=dataset.sha256,

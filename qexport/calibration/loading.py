@@ -22,25 +22,19 @@ def load_trained(
     Args:
         source: as for `load_detector`.
         qat: the checkpoint.
-        weights: for a format that has scales alone.
+        weights: for a format that has scales alone; another's own weights are taken in any case.
         prepare: `FILE:FUNCTION` of the user's, which is run.
         seed: while the factory runs.
 
     Raises:
-        CheckpointError: as `load_detector` and `read_checkpoint`; weights where the checkpoint has its own, or none
-            where it has not.
+        CheckpointError: as `load_detector` and `read_checkpoint`; no weights where the checkpoint has none.
     """
     kind = format_of(qat)
-    if kind.has_weights and weights is not None:
-        raise CheckpointError(
-            f"--weights {weights}: {qat} ({kind.name}) holds the weights that were trained with its scales. "
-            "Leave --weights out."
-        )
     if not kind.has_weights and weights is None and source != DEMO:
         raise CheckpointError(
             f"{qat} ({kind.name}) holds scales alone. Give the weights that they were made with: --weights FILE."
         )
-    loaded = load_detector(source, weights, seed=seed)
+    loaded = load_detector(source, None if kind.has_weights else weights, seed=seed)
     checkpoint = read_checkpoint(qat, loaded.module, prepare=prepare)
     digest = sha256_file(qat)
     if checkpoint.state is None:

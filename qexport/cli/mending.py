@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 import typer
 
-from qexport.cli import options, screen, tables
+from qexport.cli import options, qat_options, screen, tables
 
 
 def mend(
@@ -44,7 +45,10 @@ def mend(
     saw. The result is a checkpoint that holds its encodings, and goes through a run like one from training:
 
       qexport mend runs/mine
-      qexport run --qat runs/mine/mended/mended.pt --model model.py:build --data dataset/ --target onnx --out runs/b
+      qexport run --qat runs/mine/mended/mended.pt --model model.py:build --weights weights.pt --data dataset/
+        --target onnx --out runs/b
+
+    With --weights accuracy is held to the detector before.
     """
     from qexport import mending, pipeline  # noqa: PLC0415 - `--help` needs none of it
 
@@ -61,7 +65,5 @@ def mend(
     table.caption = f"at the heads' outputs, on {report.held_out} calibration images that no means saw"
     screen.show_table(table)
     screen.show(f"wrote {path}")
-    model = work.settings.model
-    screen.show(
-        f"next: qexport run --qat {path} --model {model} --data {work.settings.data} --target NAME --out FOLDER"
-    )
+    settings = msgspec.structs.replace(work.settings, keep_float=work.encodings.keep_float)
+    screen.show(f"next: {qat_options.following_run(path, settings, out='runs/mended')}")

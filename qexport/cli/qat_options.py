@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -30,7 +31,8 @@ Qat: TypeAlias = Annotated[
         metavar="FILE",
         rich_help_panel=_PANEL,
         help="A checkpoint of quantization-aware training: its weights and its own scales are taken. PyTorch eager, FX "
-        "and PT2E QAT, NVIDIA ModelOpt and pytorch-quantization, AIMET encodings, `qexport qat`; recognised by itself.",
+        "and PT2E QAT, NVIDIA ModelOpt and pytorch-quantization, AIMET encodings, `qexport qat`; recognised by itself. "
+        "With --weights beside it, accuracy is held to the float detector that has those: the one before training.",
         show_default=False,
     ),
 ]
@@ -58,6 +60,28 @@ def with_qat(settings: Settings, qat: Path | None, prepare: str | None, *, stric
     return msgspec.structs.replace(
         settings, qat=str(qat) if qat else None, qat_prepare=prepare, strict=strict
     )
+
+
+def following_run(checkpoint: Path, settings: Settings, *, out: str) -> str:
+    """Return the command that runs a checkpoint that a command of this detector made, complete as it stands.
+
+    Args:
+        checkpoint: `qat.pt` or `mended.pt`.
+        settings: that it was made with; with their weights beside it, accuracy is held to the detector before.
+        out: the folder that the command names.
+    """
+    words = ["qexport", "run", "--qat", str(checkpoint), "--model", settings.model]
+    words += ["--weights", settings.weights] if settings.weights else []
+    words += ["--data", settings.data]
+    for pattern in settings.keep_float:
+        words += ["--keep-float", pattern]
+    words += ["--classes", ",".join(settings.classes)] if settings.classes else []
+    words += ["--preprocess", "outside"] if settings.preprocess == "outside" else []
+    words += ["--frame", "{}x{}".format(*settings.frame_px)] if settings.frame_px else []
+    for name in ("proposals", "detections"):
+        number = getattr(settings, name)
+        words += [f"--{name}", str(number)] if number is not None else []
+    return shlex.join([*words, "--target", "onnx", "--out", out])
 
 
 def origin_table(encodings: Encodings) -> Table:

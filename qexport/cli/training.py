@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import typer
 
-from qexport.cli import options, screen
+from qexport.cli import options, qat_options, screen
 from qexport.errors import QexportError
 from qexport.settings import Settings
 
 if TYPE_CHECKING:
     from qexport.fine_tuning import FineTuned
-    from qexport.training.history import History
+    from qexport.training_history import History
 
 _TRAINING = "Training"
 _SCALES = "Scales"
@@ -231,7 +231,8 @@ def qat(
     FOLDER/qat.pt then holds weights and scales, for every target:
 
       qexport qat --model model.py:build --weights weights.pt --data dataset/ --distill --out qat/mine
-      qexport run --qat qat/mine/qat.pt --model model.py:build --data dataset/ --target onnx --out runs/mine
+      qexport run --qat qat/mine/qat.pt --model model.py:build --weights weights.pt --data dataset/ --target onnx
+        --out runs/mine
 
     Each epoch is measured by the quantized reference on the validation split; the best one is kept, the
     calibrated detector before training counts as epoch 0. --distill-only needs no annotations at all.
@@ -331,10 +332,6 @@ def _conclude(found: FineTuned, settings: Settings) -> None:
         f"training and export: {agreement.differing} of {agreement.values} int8 values differ, "
         f"in {agreement.tensors} tensors of one image"
     )
-    height, width = found.frame_px
-    arguments = ["--qat", str(found.result), "--model", settings.model, "--data", settings.data]
-    arguments += ["--classes", ",".join(settings.classes)] if settings.classes else []
-    arguments += ["--preprocess", "outside"] if settings.preprocess == "outside" else []
-    arguments += ["--frame", f"{height}x{width}", "--target", "onnx", "--out", "runs/qat"]
     screen.show(f"wrote {found.result}, history in {found.picture}")
-    screen.show(f"next: qexport run {shlex.join(arguments)}")
+    settings = msgspec.structs.replace(settings, frame_px=found.frame_px)
+    screen.show(f"next: {qat_options.following_run(found.result, settings, out='runs/qat')}")

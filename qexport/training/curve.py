@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qexport.files import whole_file
-from qexport.training.history import History
+from qexport.training_history import History
 
 
 def draw_history(history: History, path: Path) -> Path:

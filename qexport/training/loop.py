@@ -22,12 +22,12 @@ from qexport.errors import RunFolderError
 from qexport.files import json_bytes, write_json
 from qexport.samples import Sample
 from qexport.training.folder import CHECKPOINT, load_checkpoint, save
-from qexport.training.history import HISTORY, EpochRecord, History, Measured
 from qexport.training.images import batches, order_of_epoch
 from qexport.training.losses import Losses, total
 from qexport.training.network import TrainingNetwork
 from qexport.training.schedule import learning_rate
 from qexport.training.settings import TrainingSettings
+from qexport.training_history import HISTORY, EpochRecord, History, Measured
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Called with a title and a number of steps; gives what is called after each step."""

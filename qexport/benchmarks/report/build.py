@@ -14,6 +14,7 @@ from qexport.benchmarks.report import (
     proposals,
     sensitivity,
     tables,
+    training,
     verdict,
 )
 from qexport.benchmarks.report.document import (
@@ -99,6 +100,8 @@ def report_document(run: RunResults) -> ReportDocument:
         sensitivity=run.sensitivity,
         methods=run.methods,
         observers=run.observers,
+        training=run.training,
+        mended=run.mended,
     )
 
 
@@ -142,6 +145,7 @@ def _page(run: RunResults, dataset_root: Path | None) -> dict[str, object]:
         "sensitivity": _sensitivity(run),
         "methods": _methods(run),
         "observers": run.observers,
+        "training_plot": training.history_plot(run.training, "training") if run.training else "",
         "observer_names": tables.observer_names(run.observers) if run.observers else (),
         "shown_score": pictures.SHOWN_SCORE,
         "same_iou": pictures.SAME_IOU,

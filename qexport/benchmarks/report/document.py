@@ -17,6 +17,7 @@ from qexport.diagnosis_results import Diagnosis
 from qexport.encodings import Encodings, FloatRow, origin_of
 from qexport.engines import Engine
 from qexport.layers import DetectorReport
+from qexport.mend_results import MendReport
 from qexport.method_results import MethodsLatency, MethodsReport
 from qexport.observer_results import ObserverReport
 from qexport.results import (
@@ -30,6 +31,7 @@ from qexport.results import (
 )
 from qexport.sensitivity_results import SensitivityReport
 from qexport.settings import RunRecord
+from qexport.training_history import History
 
 FORMAT_VERSION: Final = 1
 SCHEMA_ID = f"urn:qexport:report:{FORMAT_VERSION}"
@@ -129,6 +131,9 @@ class ReportDocument(_Part, frozen=True):
     methods: MethodsReport | None = None
     observers: ObserverReport | None = None
     """What `--observer auto` chose."""
+    training: History | None = None
+    mended: MendReport | None = None
+    """Where the weights of a checkpoint of `qexport qat` or `qexport mend` come from."""
     format_version: Literal[1] = FORMAT_VERSION
 
 

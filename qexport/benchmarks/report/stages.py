@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from qexport import mend_results, training_history
 from qexport.artifact import MANIFEST, Artifact
 from qexport.benchmarks.report.document import MissingStage
 from qexport.cross_results import CrossReport
@@ -66,6 +67,8 @@ METHODS = Stage("methods", "methods.json", MethodsReport, "evaluate")
 METHODS_LATENCY = Stage("latency of methods", "methods_latency.json", MethodsLatency, "evaluate")
 DIAGNOSIS = Stage("culprit", "diagnosis.json", Diagnosis, "evaluate")
 OBSERVERS = Stage("observers", "observers.json", ObserverReport, "calibrate")
+TRAINING = Stage("training", training_history.ORIGIN, training_history.History, "calibrate")
+MENDING = Stage("mending", mend_results.ORIGIN, mend_results.MendReport, "calibrate")
 SENSITIVITY = Stage("sensitivity", "sensitivity.json", SensitivityReport, "sensitivity")
 MEMORY = Stage("memory", "memory.json", tuple[MemoryUse, ...], "bench")
 
@@ -121,6 +124,10 @@ class RunResults:
     """None where nobody asked for it."""
     observers: ObserverReport | None = None
     """None where one observer was named for all."""
+    training: training_history.History | None = None
+    """Of the training that the run's checkpoint comes from."""
+    mended: mend_results.MendReport | None = None
+    """Of the mending that the run's checkpoint comes from."""
 
 
 class _Reader:
@@ -195,6 +202,8 @@ def read_run(run: Path) -> RunResults:
         diagnosis=_read_diagnosis(reader, accuracy),
         sensitivity=_read_sensitivity(reader, encodings),
         observers=_read_observers(run, encodings),
+        training=_read_origin(run, TRAINING, encodings),
+        mended=_read_origin(run, MENDING, encodings),
         missing=tuple(reader.missing),
     )
 
@@ -260,6 +269,12 @@ def _read_observers(run: Path, encodings: Encodings | None) -> ObserverReport | 
         return None
     found = read_json(path, OBSERVERS.kind, RunFolderError)
     return found if found.rows_sha256 == encodings.rows_sha256 else None
+
+
+def _read_origin(run: Path, stage: Stage[_T], encodings: Encodings | None) -> _T | None:
+    """Return what the checkpoint says of itself; `calibrate` writes it with the table, and takes it away with it."""
+    path = run / stage.file
+    return read_json(path, stage.kind, RunFolderError) if encodings is not None and path.is_file() else None
 
 
 def _target_names(run: Path) -> Sequence[str]:

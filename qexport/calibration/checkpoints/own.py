@@ -5,8 +5,12 @@ The checkpoint is a torch file: {"format": "qexport qat 1", "state": state dict,
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypeVar
+
 import msgspec
 
+from qexport import mend_results, training_history
 from qexport.calibration.checkpoints.content import Content
 from qexport.calibration.checkpoints.format import Detector, Format
 from qexport.calibration.checkpoints.ranges import QatCheckpoint, QatRange
@@ -16,6 +20,7 @@ from qexport.errors import CheckpointError
 TRAINED = "qexport qat 1"
 """What `format` holds in a checkpoint of `qexport qat`."""
 _OUTPUT = "output:"
+_T = TypeVar("_T")
 
 
 def _is_table(content: Content) -> bool:
@@ -50,7 +55,26 @@ def _read_trained(content: Content, detector: Detector, prepare: str | None) -> 
         raise CheckpointError(
             f"{content.path}: its encodings are damaged: {error}. Copy it again."
         ) from error
-    return _checkpoint(CHECKPOINT.name, content, detector, encodings)
+    read = _checkpoint(CHECKPOINT.name, content, detector, encodings)
+    return dataclasses.replace(
+        read,
+        history=_note(content, training_history.NOTE, training_history.History),
+        mended=_note(content, mend_results.NOTE, mend_results.MendReport),
+    )
+
+
+def _note(content: Content, name: str, kind: type[_T]) -> _T | None:
+    """Return what the checkpoint's notes hold under a name; None where that is nothing."""
+    notes = content.document.get("notes")
+    text = notes.get(name) if isinstance(notes, dict) else None
+    if not isinstance(text, str):
+        return None
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(
+            f"{content.path}: its note {name} is damaged: {error}. Copy it again."
+        ) from error
 
 
 def _checkpoint(name: str, content: Content, detector: Detector, encodings: Encodings) -> QatCheckpoint:

@@ -11,6 +11,8 @@ from typing import Literal
 from torch import Tensor
 
 from qexport.errors import CheckpointError
+from qexport.mend_results import MendReport
+from qexport.training_history import History
 
 Port = Literal["weight", "input", "output"]
 
@@ -64,6 +66,10 @@ class QatCheckpoint:
     """Fingerprint of the detector that the scales belong to, where the format has one."""
     keep_float: tuple[str, ...] = ()
     """Patterns of module paths that stay float, where the format has them."""
+    history: History | None = None
+    """Of the training by `qexport qat` that it comes from."""
+    mended: MendReport | None = None
+    """Of the `qexport mend` that it comes from."""
 
 
 def check_scales(

@@ -9,6 +9,10 @@ import msgspec
 
 Status = Literal["training", "complete", "stopped early", "diverged"]
 HISTORY = "history.json"
+NOTE = "history"
+"""Under which a checkpoint's notes hold its history."""
+ORIGIN = "training.json"
+"""The history of the training that a run's checkpoint comes from, in the run's folder."""
 _MORE_THAN_DOUBLED = 2.0
 
 
