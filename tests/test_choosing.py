@@ -125,12 +125,19 @@ def test_choices_of_a_stage_that_the_heads_lose_by_are_left(
     assert before == after
 
 
-def test_tensors_with_a_scale_from_elsewhere_are_not_chosen(
-    observed: Observed, small_frames: list[Frame]
+def test_tensors_with_a_scale_from_elsewhere_are_not_chosen_and_count_with_that_scale(
+    small_static: StaticDetector, small_frames: list[Frame]
 ) -> None:
-    images, report = show_and_choose(observed, small_frames, fixed={STEM})
-    assert images == len(small_frames)
-    assert STEM not in {tensor.key for tensor in report.tensors}
+    reports = []
+    for fixed in ({STEM: 0.05}, {STEM: 5.0}):
+        watched = watch(small_static, observer="auto", percentile=99.99, keep_float=())
+        images, report = show_and_choose(watched, small_frames, fixed=fixed)
+        assert images == len(small_frames)
+        assert STEM not in {tensor.key for tensor in report.tensors}
+        reports.append(report.min_max_db)
+    fine, coarse = reports
+    assert fine is not None and coarse is not None
+    assert fine > coarse + 10
 
 
 def test_auto_of_one_image_is_refused(small_static: StaticDetector, small_frames: list[Frame]) -> None:

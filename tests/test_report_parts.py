@@ -20,6 +20,7 @@ from qexport.benchmarks.report.csvs import (
 from qexport.benchmarks.report.pictures import MAX_WIDTH_PX, Picture, embed, largest_differences
 from qexport.benchmarks.report.stages import read_run
 from qexport.benchmarks.report.tables import noise_sentences, sum_layers, worst_layer
+from qexport.benchmarks.report.training import history_plot
 from qexport.errors import RunFolderError
 from qexport.files import read_json
 from qexport.results import (
@@ -29,6 +30,7 @@ from qexport.results import (
     LatencyProfile,
     ParityReport,
 )
+from qexport.training_history import EpochRecord, History, Measured
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,26 @@ def test_picture_is_shrunk_and_never_read_from_outside_the_dataset(tmp_path: Pat
     assert "no such file" in str(embed(root, "gone.jpg"))
     assert "cannot be read" in str(embed(root, "broken.jpg"))
     assert "not at hand" in str(embed(None, "in.png"))
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_history_of_a_training_is_drawn_with_what_was_measured(boxes: bool) -> None:
+    figures = {"voc_map50": (0.90, 0.93), "coco_map": (0.50, 0.52)} if boxes else {"distance": (0.02, 0.01)}
+    measured = [Measured(**{name: values[epoch] for name, values in figures.items()}) for epoch in range(2)]
+    epochs = tuple(
+        EpochRecord(
+            epoch=epoch,
+            steps=4 * epoch,
+            learning_rate=0.001,
+            losses={"a term": 0.5} if epoch else {},
+            scales_follow=False,
+            measured=measured[epoch],
+            best=True,
+        )
+        for epoch in range(2)
+    )
+    drawn = history_plot(History(float_detector=measured[1], epochs=epochs), "training")
+    assert "a term" in drawn
+    assert ("int8 less float, points" in drawn) == boxes
+    assert ("distance to float" in drawn) != boxes
+    assert drawn == history_plot(History(float_detector=measured[1], epochs=epochs), "training")

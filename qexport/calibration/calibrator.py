@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -184,7 +184,7 @@ def show_and_choose(
     observed: Observed,
     frames: Iterable[NDArray[np.generic]],
     on_image: Callable[[], None] = lambda: None,
-    fixed: Collection[str] = (),
+    fixed: Mapping[str, float] | None = None,
 ) -> tuple[int, ObserverReport]:
     """Let the observers see frames, and each take the method that the readers of its tensor lose least by.
 
@@ -195,7 +195,7 @@ def show_and_choose(
         observed: the graph.
         frames: at least two; one is held in memory, and the few that are measured on.
         on_image: called after each frame.
-        fixed: keys of tensors that have their scale from elsewhere.
+        fixed: scales that tensors have from elsewhere, by key.
 
     Returns:
         How many frames there were, and what was chosen.
@@ -219,7 +219,7 @@ def show_and_choose(
             f"--observer auto measures on images that the observers did not see, and there is {images or 'no'} "
             "calibration image. Give more: --images 64, or choose another --observer."
         )
-    tensors = Tensors(observed.graph, tuple(observed.activations()), frozenset(fixed))
+    tensors = Tensors(observed.graph, tuple(observed.activations()), fixed or {})
     report = choose_observers(tensors, held_out, images=images)
     return images + show(observed, held_out), report
 

@@ -57,12 +57,12 @@ class Tensors:
     Args:
         graph: prepared by torchao, the observers have seen frames.
         activations: by key; tensors of one scale have one observer.
-        fixed: keys of tensors whose scale comes from elsewhere, and is not chosen.
+        fixed: scales that come from elsewhere and are not chosen, by key.
     """
 
     graph: GraphModule
     activations: Sequence[tuple[str, SymmetricObserver]]
-    fixed: frozenset[str] = frozenset()
+    fixed: Mapping[str, float] = field(default_factory=dict)
     observers: dict[str, MagnitudeHistogram] = field(init=False, default_factory=dict)
     key_of: dict[int, str] = field(init=False, default_factory=dict)
 
@@ -98,7 +98,7 @@ def choose_observers(
     """
     scales = _candidates(tensors)
     heads = frozenset(tensors.key_at(node) for node in tensors.graph.graph.nodes if tensors.is_head(node))
-    tried = {key: own for key, own in scales.items() if len(own) > 1 and key not in heads | tensors.fixed}
+    tried = {key: own for key, own in scales.items() if len(own) > 1 and key not in heads}
     errors = _Errors(tensors, tried)
     with torch.no_grad():
         for frame in frames:
@@ -132,6 +132,9 @@ def _candidates(tensors: Tensors) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for key, observer in tensors.observers.items():
         own = found.setdefault(key, {})
+        if key in tensors.fixed:
+            own[MIN_MAX] = tensors.fixed[key]
+            continue
         for name, (method, percentile) in _CANDIDATES.items():
             scale = float(observer.scale_by(method, percentile))
             if math.isfinite(scale) and scale not in own.values():

@@ -85,7 +85,8 @@ def encodings_from_checkpoint(
         )
     needed = any(not key.endswith("/weight") for key in unsaid)
     if needed and observer == "auto":
-        images, report = show_and_choose(observed, frames, on_image, fixed=trained)
+        fixed = {key: said.scale[0] for key, said in trained.items()}
+        images, report = show_and_choose(observed, frames, on_image, fixed)
         on_choice(report)
     else:
         images = _show(observed, frames, on_image, needed=needed, empty=static.example_input())

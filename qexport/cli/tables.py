@@ -240,7 +240,7 @@ def observer_table(run: Path) -> Table:
         table.add_row(one.stage, str(one.tensors), _decibels(one.sqnr_db), taken)
     table.caption = (
         f"feature maps for which another observer is best, and signal to noise with it, on {report.held_out} "
-        f"calibration images that no observer saw; each of them: {run / OBSERVERS}"
+        f"calibration image{'s' if report.held_out != 1 else ''} that no observer saw; each of them: {run / OBSERVERS}"
     )
     return table
 

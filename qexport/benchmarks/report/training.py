@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qexport.benchmarks.report.figure import MUTED, SERIES, drawn_figure
+from qexport.benchmarks.report.figure import INK, MUTED, SERIES, drawn_figure
 from qexport.training_history import History
 
 _PAGE_IN, _HEIGHT_IN = 9.6, 3.0
@@ -28,29 +28,26 @@ def history_plot(history: History, name: str) -> str:
         losses.set(title="Losses, mean of an epoch", xlabel="epoch", xticks=numbers)
         if losses.lines:
             losses.legend()
-        for place, (label, values, float_value) in enumerate(_figures(history)):
-            colour = SERIES[place]
-            measured.plot(numbers, values, "o-", color=colour, markersize=4, label=f"{label}, int8")
-            if float_value is not None:
-                measured.axhline(
-                    float_value, color=colour, linewidth=1, linestyle="--", label=f"{label}, float"
-                )
+        label, lines = _figures(history)
+        for place, (line, values) in enumerate(lines):
+            measured.plot(numbers, values, "o-", color=SERIES[place], markersize=4, label=line)
+        if history.float_detector is not None:
+            measured.axhline(0, color=INK, linewidth=1, linestyle="--", label="float")
         measured.axvline(history.best.epoch, color=MUTED, linewidth=1, linestyle=":", label="kept")
-        measured.set(title="Validation split", xlabel="epoch", xticks=numbers)
+        measured.set(title=f"Validation split, {label}", xlabel="epoch", xticks=numbers)
         measured.legend()
     return result[0]
 
 
-def _figures(history: History) -> list[tuple[str, list[float], float | None]]:
-    """Return what was measured after each epoch: its name, its values, and that of the float detector."""
+def _figures(history: History) -> tuple[str, list[tuple[str, list[float]]]]:
+    """Return what the figures after each epoch are, and each with its name: points of mAP, or a distance."""
     before = history.float_detector
-    found = []
-    for label, name in (
-        ("VOC mAP", "voc_map50"),
-        ("COCO mAP", "coco_map"),
-        ("distance to float", "distance"),
-    ):
-        values = [getattr(record.measured, name) for record in history.epochs]
-        if None not in values:
-            found.append((label, values, getattr(before, name) if before is not None else None))
-    return found
+    measured = [record.measured for record in history.epochs]
+    if any(one.coco_map is None or one.voc_map50 is None for one in measured):
+        return "distance to float", [("int8", [one.distance or 0.0 for one in measured])]
+    base = (before.voc_map50 or 0.0, before.coco_map or 0.0) if before is not None else (0.0, 0.0)
+    lines = [
+        ("VOC mAP", [100 * ((one.voc_map50 or 0.0) - base[0]) for one in measured]),
+        ("COCO mAP", [100 * ((one.coco_map or 0.0) - base[1]) for one in measured]),
+    ]
+    return "int8 less float, points" if before is not None else "points", lines
