@@ -126,7 +126,7 @@ def test_calibrate_without_images_raises(small_static: StaticDetector) -> None:
         calibrate(small_static, [])
 
 
-@pytest.mark.parametrize("observer", ["min-max", "percentile"])
+@pytest.mark.parametrize("observer", ["min-max", "percentile", "auto"])
 def test_calibrate_a_detector_that_overflows_raises_and_names_the_layer(
     small_static: StaticDetector, small_frames: list[Frame], observer: ObserverName
 ) -> None:
@@ -134,7 +134,7 @@ def test_calibrate_a_detector_that_overflows_raises_and_names_the_layer(
     with torch.no_grad():
         static.get_submodule("backbone.3").weight.mul_(3e38)  # type: ignore[operator, union-attr]
     with pytest.raises(CalibrationError, match=r"backbone\.3.*not finite"):
-        calibrate(static, small_frames[:1], observer=observer)
+        calibrate(static, small_frames[:2], observer=observer)
 
 
 def test_keep_float_by_path_by_what_is_above_and_by_glob_leaves_the_layers_float(

@@ -201,7 +201,7 @@ def show_and_choose(
         How many frames there were, and what was chosen.
 
     Raises:
-        CalibrationError: fewer than two frames.
+        CalibrationError: fewer than two frames, or values that are not finite.
     """
     held_out: list[NDArray[np.generic]] = []
 
@@ -219,6 +219,7 @@ def show_and_choose(
             f"--observer auto measures on images that the observers did not see, and there is {images or 'no'} "
             "calibration image. Give more: --images 64, or choose another --observer."
         )
+    activation_rows(observed)  # raises where values are not finite: of these there is nothing to choose
     tensors = Tensors(observed.graph, tuple(observed.activations()), fixed or {})
     report = choose_observers(tensors, held_out, images=images)
     return images + show(observed, held_out), report
