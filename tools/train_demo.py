@@ -97,7 +97,7 @@ def train(make: Callable[[], nn.Module], options: Options, console: Console) -> 
     detector = make()
     detector.train()
     optimizer = torch.optim.AdamW(
-        _groups(detector, options), lr=options.learning_rate, weight_decay=options.weight_decay
+        parameter_groups(detector, options), lr=options.learning_rate, weight_decay=options.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     order: list[int] = []
@@ -121,7 +121,7 @@ def train(make: Callable[[], nn.Module], options: Options, console: Console) -> 
     return detector.eval()
 
 
-def _groups(detector: nn.Module, options: Options) -> list[dict[str, object]]:
+def parameter_groups(detector: nn.Module, options: Options) -> list[dict[str, object]]:
     """Return the trunk's parameters and those of the rest, as the optimizer takes them."""
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in detector.named_parameters():
