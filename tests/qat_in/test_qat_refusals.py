@@ -250,11 +250,7 @@ def test_prepared_model_for_a_format_that_needs_none_raises(modelopt: Path) -> N
         load(modelopt, prepare=FX.prepare)
 
 
-def test_weights_beside_a_checkpoint_that_has_its_own_raise_and_those_without_need_them(
-    modelopt: Path,
-) -> None:
-    with pytest.raises(CheckpointError, match="holds the weights that were trained with its scales"):
-        load(modelopt, weights=modelopt)
+def test_scales_alone_without_weights_raise() -> None:
     with pytest.raises(CheckpointError, match="holds scales alone"):
         load(ASSETS / "aimet_plain_1.0.0.json", model=SINGLE_LEVEL)
 
