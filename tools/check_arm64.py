@@ -9,10 +9,10 @@ nothing is timed here. The first call downloads some 90 MB of Debian packages an
 .cache/arm64; a call that was cut off goes on where it was. executorch and qnnpack run in PyTorch, whose build for Arm
 on the package index brings CUDA's libraries: 3 GB to fetch, 6 GB installed, though nothing of CUDA is used.
 
-XNNPACK's int8 kernels compute the same bits on x86 and Arm, so of a TFLite or ExecuTorch bundle every bit is asked. ONNX Runtime
-rounds some additions otherwise on Arm: of an ONNX bundle inner tensors may be some steps off, and the detections have
-to be the same in number and class. Of a QNNPACK bundle every inner tensor is asked bit for bit; torch's exponential
-is another on Arm, so that boxes may differ in a last bit. What differs is printed all the same.
+XNNPACK's int8 kernels compute the same bits on x86 and Arm, so of a TFLite or ExecuTorch bundle every bit is asked.
+ONNX Runtime rounds some additions otherwise on Arm: of an ONNX bundle inner tensors may be some steps off, and the
+detections have to be the same in number and class. Of a QNNPACK bundle every bit of the inner tensors is asked; its
+boxes, which torch computes in float32, may differ. What differs is printed all the same.
 
 Exit codes: 0 as promised on every processor; 1 not, or the bundle does not install; 2 wrong option or bundle;
 3 packages cannot be had, with the reason.
@@ -39,7 +39,8 @@ from qexport.verifying import VerifyReport, describe
 
 REPOSITORY = Path(__file__).parents[1]
 TOLERANCE_STEPS: dict[str, int | None] = {"tflite": None, "onnx": 4, "executorch": None, "qnnpack": 0}
-"""By target; None: every bit, of the outputs too. ONNX Runtime's QLinearAdd is 1 step off in single values, and what is computed of them 2."""
+"""By target; None: every bit, of the outputs too. ONNX Runtime's QLinearAdd is 1 step off in single values, and what is
+computed of them 2."""
 _GLIBC = range(36, 16, -1)
 """Minor versions of glibc 2 that wheels for the release may ask for."""
 _PIP_OF_ARM = """
