@@ -66,14 +66,13 @@ def calibrate(
         },
     )
     encodings = pipeline.calibrate(work)
-    origin = encodings.calibration
     if work.settings.qat:
         screen.show_table(qat_options.origin_table(encodings))
     if work.settings.observer == "auto":
         screen.show_table(tables.observer_table(work.path))
     screen.show(
         f"{len(encodings.rows)} rows, {len(encodings.float_rows)} layers float; "
-        f"{origin['observer']} on {origin['images']} images of {origin['dataset']}/{origin['split']}"
+        f"{tables.where_ranges_come_from(encodings.calibration)}"
     )
     following = f"export {work.path} --target onnx"
     if work.settings.scheme == "activations":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -352,3 +352,11 @@ def make_table(*columns: str) -> Table:
             column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
         )
     return table
+
+
+def where_ranges_come_from(calibration: Mapping[str, object]) -> str:
+    """Return a clause on the images that the ranges were watched on, by the notes of the encodings."""
+    if not calibration["images"]:
+        return "every scale is the checkpoint's"
+    watched = "{observer} on {images} images of {dataset}/{split}"
+    return watched.format_map(calibration)

@@ -14,6 +14,7 @@ from qat_cases import write_modelopt
 
 from qexport import pipeline
 from qexport.cli.qat_options import following_run
+from qexport.cli.tables import where_ranges_come_from
 from qexport.detectors.demo import demo_weights
 from qexport.detectors.demo.scenes import write_scenes
 from qexport.diagnosing import diagnose
@@ -62,6 +63,19 @@ def test_calibrate_with_a_qat_checkpoint_changes_weights_and_scales_of_a_run(pla
     strict = call("calibrate", "mine", "--strict")
     assert strict.code == 2
     assert "--strict, and the checkpoint does not say 21 scales" in strict.err
+
+
+@pytest.mark.parametrize(
+    ("images", "said"), [(0, "every scale is the checkpoint's"), (8, "min-max on 8 images of scenes/train")]
+)
+def test_ranges_come_from_images_only_where_some_were_watched(images: int, said: str) -> None:
+    notes = {
+        "observer": "min-max" if images else "none",
+        "images": images,
+        "dataset": "scenes",
+        "split": "train",
+    }
+    assert where_ranges_come_from(notes) == said
 
 
 def test_qat_options_that_nobody_would_look_at_are_refused(place: Path) -> None:
