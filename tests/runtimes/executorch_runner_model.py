@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("executorch.version", reason="executorch is not installed (the extra executorch)")
 
-from qexport.artifact import Artifact, InputSpec, TensorSite, describe_file, save_artifact
+from plain_artifact import write_artifact
+
+from qexport.artifact import TensorSite
 from qexport.plugins.executorch.emission import Method, write_program
 from qexport.plugins.executorch.lowering import Lowering
 from qexport.plugins.executorch.operators import operators
@@ -21,7 +23,6 @@ STEM, HEAD = "backbone.body.conv1", "roi_heads.detections"
 KEY = f"{STEM}@0/output:conv2d"
 TENSOR = f"{STEM}/output:conv2d"
 FILE_NAME = "detector.int8.pte"
-SHA256 = "0" * 64
 
 
 class Network:
@@ -90,28 +91,12 @@ def make_program(*, side: int = SIDE, detections: int = DETECTIONS) -> bytes:
 def make_artifact(folder: Path, data: bytes) -> Path:
     """Write an artifact with this program; return its folder."""
     (folder / FILE_NAME).write_bytes(data)
-    artifact = Artifact(
+    write_artifact(
+        folder,
         target="executorch",
-        qexport_version="test",
-        versions={},
-        detector_sha256=SHA256,
-        encodings_sha256=SHA256,
-        labels=("background", "one", "two", "three"),
-        input=InputSpec(
-            frame_height_px=SIDE,
-            frame_width_px=SIDE,
-            preprocess="inside",
-            resized_height_px=SIDE,
-            resized_width_px=SIDE,
-            padded_height_px=SIDE,
-            padded_width_px=SIDE,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-        ),
-        proposals=DETECTIONS,
+        files={"int8": FILE_NAME},
+        frame_px=(SIDE, SIDE),
         detections=DETECTIONS,
-        forms={},
-        files=(describe_file(folder, FILE_NAME, "int8"),),
         sites=(
             TensorSite(
                 key=KEY,
@@ -123,7 +108,5 @@ def make_artifact(folder: Path, data: bytes) -> Path:
             ),
         ),
         float_sites={PROPOSALS: PROPOSALS},
-        layers=(),
     )
-    save_artifact(artifact, folder)
     return folder

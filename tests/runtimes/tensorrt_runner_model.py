@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from plain_artifact import write_artifact
 
-from qexport.artifact import Artifact, InputSpec, describe_file, save_artifact
+from qexport.artifact import Artifact
 
 HEIGHT, WIDTH, CHANNELS, DETECTIONS = 16, 16, 8, 4
 CONV, RELU, POOL = "backbone.body.conv1", "backbone.body.relu", "roi_heads.box_roi_pool"
 CODES = f"{CONV}/input"
 """The quantized image."""
 FILE_NAME = "detector.int8.onnx"
-SHA256 = "0" * 64
 
 
 def make_network(path: Path, *, seed: int = 0) -> Path:
@@ -81,34 +81,13 @@ def make_network(path: Path, *, seed: int = 0) -> Path:
 def make_artifact(folder: Path) -> Artifact:
     """Write the network and its manifest, without an engine."""
     make_network(folder / FILE_NAME)
-    artifact = Artifact(
+    return write_artifact(
+        folder,
         target="tensorrt",
-        qexport_version="0",
-        versions={},
-        detector_sha256=SHA256,
-        encodings_sha256=SHA256,
-        labels=("__background__", "one", "two", "three"),
-        input=InputSpec(
-            frame_height_px=HEIGHT,
-            frame_width_px=WIDTH,
-            preprocess="inside",
-            resized_height_px=HEIGHT,
-            resized_width_px=WIDTH,
-            padded_height_px=HEIGHT,
-            padded_width_px=WIDTH,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-        ),
-        proposals=DETECTIONS,
+        files={"int8": FILE_NAME},
+        frame_px=(HEIGHT, WIDTH),
         detections=DETECTIONS,
-        forms={},
-        files=(describe_file(folder, FILE_NAME, "int8"),),
-        sites=(),
-        float_sites={},
-        layers=(),
     )
-    save_artifact(artifact, folder)
-    return artifact
 
 
 def _node(name: str, inputs: list[str], outputs: list[str], **attributes: object) -> onnx.NodeProto:

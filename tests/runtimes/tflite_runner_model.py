@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from plain_artifact import write_artifact
 
-from qexport.artifact import Artifact, InputSpec, describe_file, save_artifact
 from qexport.plugins.tflite.builder import TfliteBuilder
 from qexport.plugins.tflite.writer import ModelWriter, Value
 
@@ -16,7 +16,6 @@ STEM, FIRST, BLOCK = "backbone.body.conv1", "backbone.body.layer1.0.conv1", "bac
 PROPOSALS, HEAD, DETECTED = "rpn.proposals", "roi_heads.box_head.fc6", "roi_heads.detections"
 CODES = f"{STEM}/output:conv2d"
 FILE_NAMES = {"int8": "detector.int8.tflite", "fp32": "detector.fp32.tflite"}
-SHA256 = "0" * 64
 
 
 def make_network(
@@ -73,33 +72,13 @@ def make_artifact(folder: Path, **files: bytes) -> Path:
     """Write an artifact with these files by role; return its folder."""
     for role, data in files.items():
         (folder / FILE_NAMES[role]).write_bytes(data)
-    artifact = Artifact(
+    write_artifact(
+        folder,
         target="tflite",
-        qexport_version="test",
-        versions={},
-        detector_sha256=SHA256,
-        encodings_sha256=SHA256,
-        labels=("background", "one", "two", "three"),
-        input=InputSpec(
-            frame_height_px=SIDE,
-            frame_width_px=SIDE,
-            preprocess="inside",
-            resized_height_px=SIDE,
-            resized_width_px=SIDE,
-            padded_height_px=SIDE,
-            padded_width_px=SIDE,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-        ),
-        proposals=DETECTIONS,
+        files={role: FILE_NAMES[role] for role in files},
+        frame_px=(SIDE, SIDE),
         detections=DETECTIONS,
-        forms={},
-        files=tuple(describe_file(folder, FILE_NAMES[role], role) for role in files),
-        sites=(),
-        float_sites={},
-        layers=(),
     )
-    save_artifact(artifact, folder)
     return folder
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
-from executorch_graphs import Case, Run, case, run_cases
+from executorch_graphs import Run, run_cases
+from graph_cases import Case, case
 from torch import nn
 
 FINE, COARSE = 257 / 2**14, 773 / 2**14

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
-from qnnpack_graphs import SCALE, Call, Case, Lowered, case, lower
+from graph_cases import Call, Case, case
+from qnnpack_graphs import SCALE, Lowered, lower
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
@@ -290,7 +291,7 @@ def test_results_of_one_operator_stay_in_one_part_of_the_file(tmp_path: Path) ->
 
 
 def test_float_form_of_a_graph_is_bit_identical(tmp_path: Path) -> None:
-    from qnnpack_graphs import Cases  # noqa: PLC0415
+    from graph_cases import Cases  # noqa: PLC0415
 
     module = Cases([each for each, _ in INTEGER.values()] + list(FLOAT.values()))
     graph = export_graph(module)  # type: ignore[arg-type]

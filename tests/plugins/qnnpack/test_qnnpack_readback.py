@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from qnnpack_graphs import Cases, case, lower
+from graph_cases import Cases, case
+from qnnpack_graphs import lower
 from torch import nn
 from torch.ao.nn import quantized as nnq
 
